@@ -373,7 +373,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             reconstruct=prepared.asked.reconstruct,
             stats=stats_told(prepared),
             within=None if prepared.asked.within is None else str(prepared.asked.within),
-            device=device_text(schedule.groups, device),
+            device=device_text(schedule.every_group, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
             notes=(*notes_of(prepared), *lacking),

@@ -369,7 +369,7 @@ def _by_spec(run: Run, prepared: Prepared, output: Output, decisions: BlockDecis
             "target": prepared.found,
             "reconstruct": asked.reconstruct,
             "stats": stats_told(prepared),
-            "device": device_text(schedule.groups, device),
+            "device": device_text(schedule.every_group, device),
             "rules": rule_results(
                 plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)
             ),

@@ -71,8 +71,8 @@ class OutputLayout:
 
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
     `stale` names files that an earlier output under the same target may have left and this one does not
-    write. An output that `is_scratch` never gets the name: another one is made from it. `results_mode` are
-    the permissions of the report and the spec; the `card` has its own, and no size before it is written.
+    write. A `scratch` output, of this kind, never gets the name: another one is made from it. `results_mode`
+    are the permissions of the report and the spec; the `card` has its own, and no size before it is written.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -89,7 +89,7 @@ class OutputLayout:
     mask_format: MaskFormat | None = None
     writes_weights: bool = True
     stale: tuple[PurePosixPath, ...] = ()
-    is_scratch: bool = False
+    scratch: str = ""
     results_mode: int = 0o600
     card: OutputFile | None = None
 

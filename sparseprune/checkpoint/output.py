@@ -317,7 +317,7 @@ def make_output(
     """The output of a layout, wherever its target is; `reads_back` where `read_weight` will be called."""
     if not isinstance(layout.target, RemotePath):
         return StagedOutput(layout, force, identity)
-    if layout.is_scratch:
+    if layout.scratch:
         # Nobody but this machine reads it; the next run of the same command finds it here.
         address = hashlib.sha256(str(layout.target).encode()).hexdigest()[:12]
         here = Path(tempfile.gettempdir(), f"{layout.target.name}-{address}")
@@ -344,7 +344,7 @@ class StagedOutput(Output):
         identity: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(layout, force, identity)
-        self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
+        self._staging = StagingDir(layout.target, layout.scratch or "partial")
         self.partial_path, self.staged_path = self._staging.path, self._staging.output
         self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
         # A large output would push everything else out of the system's cache, its own input first.

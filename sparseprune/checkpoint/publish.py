@@ -205,7 +205,7 @@ def check_place(layout: OutputLayout) -> None:
 
 def check_existing(layout: OutputLayout, *, force: bool) -> None:
     """CheckpointError if one of the output's names is taken, or taken by what `force` may not replace."""
-    for path in () if layout.is_scratch else final_paths(layout):
+    for path in () if layout.scratch else final_paths(layout):
         if not os.path.lexists(path):
             continue
         if path.is_symlink() and not path.exists() and (layout.is_directory or not force):

@@ -135,15 +135,20 @@ def lay_out_decisions(final: OutputLayout) -> OutputLayout:
     # A journal without files beside it is not continued.
     files = (OutputFile(PurePosixPath("decisions"), 0),)
     return dataclasses.replace(
-        final, files=files, copies=(), weights={}, writes_weights=False, is_scratch=True
+        final, files=files, copies=(), weights={}, writes_weights=False, scratch="choice"
     )
 
 
 def lay_out_choice(
-    checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
+    checkpoint: Checkpoint,
+    final: OutputLayout,
+    reached: Collection[str],
+    *,
+    rebuilt: bool,
+    kind: str = "choice",
 ) -> OutputLayout:
     """The scratch output of a run on the way to its `final` one: packed masks, and weights if `rebuilt`."""
-    masks = dataclasses.replace(lay_out_masks(checkpoint, final.target, reached, "packed"), is_scratch=True)
+    masks = dataclasses.replace(lay_out_masks(checkpoint, final.target, reached, "packed"), scratch=kind)
     if not rebuilt:
         return masks
     files: list[OutputFile] = []

@@ -69,7 +69,9 @@ def _drawings(plan: "Plan", draw: str | None) -> "dict[str, RenderableType]":
     rules = plan.bound.rules
     there = [rule for rule in rules if rule.instances]
     if draw is None:
-        drawn = there[:1] if on_terminal() else []
+        nests = [plan.bound.levels(rule.name)[0] for rule in there]
+        first = [rule for rule, nest in zip(there, nests, strict=True) if nest == nests[0]]
+        drawn = first if on_terminal() else []
     elif draw in {ALL, NONE}:
         drawn = there if draw == ALL else []
     else:

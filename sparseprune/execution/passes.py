@@ -20,7 +20,7 @@ from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_outpu
 from sparseprune.results.fields import Made
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from types import UnionType
 
     from sparseprune.checkpoint import StoredTensor
@@ -145,6 +145,7 @@ class Reach(Struct, frozen=True):
 class TensorOutcome(Struct, frozen=True):
     """Counts of one tensor before and after; `reach` has for each rule what it reached and dropped of it.
 
+    `pruned` is what is dropped in all: of nested rules the inner ones drop what the outer ones do as well.
     Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
     by its mask alone, and as it is; where it has gradients, the same in units of the loss. `metric` is the
     one that was minimized, "loss and outputs" where rules that reached it differ.
@@ -155,6 +156,7 @@ class TensorOutcome(Struct, frozen=True):
     shape: tuple[int, ...]
     instance: str
     reach: Mapping[str, Reach]
+    pruned: int
     before: Tally
     after: Tally
     output_error_masked: float | None = None
@@ -192,6 +194,7 @@ class Outcomes:
 
     def of_plan(self, plan: Plan) -> Sequence[TensorOutcome]:
         """Every tensor that the plan reaches, in the order of the checkpoint; made when it is asked for."""
+        outer = plan.bound.outer
         tasks_of: dict[str, tuple[Task, ...]] = {}
         for unit in plan.units:
             for task in unit.tasks:
@@ -204,15 +207,22 @@ class Outcomes:
             label = ", ".join(dict.fromkeys([task.instance.label for task in tasks]))
             rebuilt = [task for task in tasks if task.instance.reconstruct is not None]
             metrics = {task.metric for task in rebuilt if name in task.with_role("moment")}
-            found = self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
+            rules = [task.rule for task in tasks]
+            found = self.of_tensor(plan.checkpoint.tensors[name], rules, label, outer)
             return replace(found, metric=" and ".join(sorted(filter(None, metrics)))) if metrics else found
 
         return Made(plan.reached, outcome)
 
-    def of_tensor(self, stored: StoredTensor, rules: Iterable[str], label: str = "") -> TensorOutcome:
-        """One tensor that these rules reach, also where nothing was gathered of it."""
+    def of_tensor(
+        self,
+        stored: StoredTensor,
+        rules: Iterable[str],
+        label: str = "",
+        outer: Collection[str] = (),
+    ) -> TensorOutcome:
+        """One tensor that these rules reach, also where nothing was gathered of it; some are `outer` ones."""
         parts = {rule: Reach() for rule in dict.fromkeys(rules)}
-        zeros_before, zeros_after = 0, 0
+        zeros_before, zeros_after, dropped = 0, 0, 0
         energies: tuple[list[float], list[float]] = [], []
         names = tuple(self._rules)
         row = self._last.get(stored.name, -1)
@@ -221,6 +231,7 @@ class Outcomes:
             part = parts.get(names[number])
             if part is not None:
                 parts[names[number]] = Reach(part.numel + numel, part.pruned + pruned)
+            dropped += 0 if names[number] in outer else pruned
             zeros_before, zeros_after = zeros_before + before, zeros_after + after
             energies[0].append(self._energies[2 * row])
             energies[1].append(self._energies[2 * row + 1])
@@ -231,10 +242,23 @@ class Outcomes:
             stored.shape,
             label,
             parts,
+            dropped,
             Tally(stored.numel, zeros_before, exact_sum(energies[0])),
             Tally(stored.numel, zeros_after, exact_sum(energies[1])),
             *_errors(self._changes.get(stored.name, [])),
         )
+
+
+class OfOuter(Outcomes):
+    """Takes in the outcomes of rules that others are within; these count what is zero before and after."""
+
+    def __init__(self, every: Outcomes) -> None:
+        self._every = every
+
+    def add(self, outcome: Outcome) -> None:
+        name, rule, numel, pruned, *_ = outcome
+        if rule:
+            self._every.add([name, rule, numel, pruned, 0, 0.0, 0, 0.0])
 
 
 _Errors = tuple[float | None, float | None, float | None, float | None]

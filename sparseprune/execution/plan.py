@@ -39,7 +39,8 @@ class Task(Struct, frozen=True):
     """One instance of an outermost scope or coupling, its rule, and what it reads besides weights.
 
     `codes`: how elements are ranked where some are codes; None where all are weights. `within`: masks of an
-    earlier step for some of its tensors; only what they keep competes.
+    earlier step, or of outer scopes, for some of its tensors; only what they keep competes. `levels`: tasks
+    of nested scopes that are reconstructed together, outer ones first; the instance has all their tensors.
     """
 
     rule: str
@@ -47,6 +48,7 @@ class Task(Struct, frozen=True):
     inputs: tuple[TaskInput, ...] = ()
     codes: CodesRank | None = None
     within: tuple[StoredMask, ...] = ()
+    levels: tuple[Task, ...] = ()
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -99,16 +101,28 @@ def is_undecided(instance: BoundInstance) -> bool:
 class WorkUnit(Struct, frozen=True):
     """Tasks that share tensors, and these tensors: nothing else is needed to do them.
 
-    Almost always one task; several where rules reach disjoint parts of one tensor.
+    Almost always one task; several where rules reach disjoint parts of one tensor, or are nested. `within`
+    has masks for some of the tensors: what they drop is zero, also where no task reaches it.
     """
 
     tasks: tuple[Task, ...]
     tensors: tuple[StoredTensor, ...]
+    within: tuple[StoredMask, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data that the unit reads, and writes."""
         return sum(stored.nbytes for stored in self.tensors)
+
+    def having(self, masks: Mapping[str, StoredMask]) -> WorkUnit:
+        """The unit and its tasks within masks, by the names of tensors."""
+
+        def task_within(task: Task) -> Task:
+            names = dict.fromkeys(leaf.tensor for leaf in task.instance.scope.leaves)
+            return replace(task, within=tuple([masks[name] for name in names if name in masks]))
+
+        own = tuple([masks[stored.name] for stored in self.tensors if stored.name in masks])
+        return replace(self, tasks=tuple(map(task_within, self.tasks)), within=own)
 
 
 class Plan(Struct, frozen=True):
@@ -213,17 +227,9 @@ def plan_within(plan: Plan, masks: Sequence[StoredMask]) -> Plan:
     if problems:
         raise SpecError(*problems)
     named = {mask.name: mask for mask in masks}
-
-    def task_within(task: Task) -> Task:
-        names = dict.fromkeys(leaf.tensor for leaf in task.instance.scope.leaves)
-        return replace(task, within=tuple(named[name] for name in names if name in named))
-
-    def unit_within(unit: WorkUnit) -> WorkUnit:
-        return replace(unit, tasks=tuple(map(task_within, unit.tasks)))
-
     reached = frozenset(plan.bound.covered)
     beyond = tuple(name for name in named if name not in reached)
-    return replace(plan, units=Made(plan.units, unit_within), beyond=beyond)
+    return replace(plan, units=Made(plan.units, lambda unit: unit.having(named)), beyond=beyond)
 
 
 def rests_on_few(plan: Plan) -> dict[str, bool]:

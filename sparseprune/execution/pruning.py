@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import mmap
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint import make_output
+from sparseprune.checkpoint.resizing import lay_out_choice, open_choice
 from sparseprune.execution.devices import Lanes
-from sparseprune.execution.passes import GivenUpError, Outcomes
+from sparseprune.execution.nesting import within_masks
+from sparseprune.execution.passes import GivenUpError, OfOuter, Outcomes
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.strategy import (
     BlockNorms,
@@ -29,7 +32,7 @@ from sparseprune.execution.two_pass import block_norms, radix_select
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from sparseprune.checkpoint import Shard, Sink, Source
+    from sparseprune.checkpoint import Output, Shard, Sink, Source, StoredMask
     from sparseprune.execution.passes import Pass, TensorOutcome
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule, TaskGroup
@@ -70,11 +73,39 @@ class Work:
         self._reader, self._output, self._device, self._progress = reader, output, device, progress
 
     def do(self, schedule: Schedule, part: str = "", *, copies: bool = True) -> None:
-        """Do the work of a schedule; `part` tells its notes from those of others, `copies` end the output."""
+        """Do the work of a schedule; `part` tells its notes from those of others, `copies` end the output.
+
+        Levels of nested scopes wait in scratch outputs, which a run that continues this one finds as well.
+        """
+        with ExitStack() as context:
+            masks: dict[str, StoredMask] = {}
+            scratch: list[Output] = []
+            for number, level in enumerate(schedule.outer):
+                output = self._scratch(level, f"{part}{number}")
+                scratch.append(context.enter_context(output))
+                self._progress(already_done(output), "")
+                record = Record(output, OfOuter(self.outcomes), self._progress)
+                self._write(within_masks(level, masks), output, record, "", copies=False)
+                output.flush()
+                masks |= {one.name: one for one in open_choice(output)[0]}
+            record = Record(self._output, self.outcomes, self._progress)
+            self._write(within_masks(schedule, masks), self._output, record, part, copies=copies)
+            for output in scratch:
+                output.discard()
+
+    def _scratch(self, level: Schedule, name: str) -> Output:
+        """Where the masks of a level wait, beside the output."""
+        final = self._output.layout
+        layout = lay_out_choice(
+            final.checkpoint, final, level.plan.reached, rebuilt=False, kind=f"level-{name}"
+        )
+        identity = getattr(self._output, "identity", None)  # which not every sink has
+        return make_output(layout, identity=identity and {**identity, "the level": name})
+
+    def _write(self, schedule: Schedule, output: Sink, record: Record, part: str, *, copies: bool) -> None:
         given_up, check = stopped_by()
         tensors, lanes = schedule.plan.checkpoint.tensors, Lanes(schedule.limits.device)
-        io = TensorIO(self._reader, self._output, tensors, self._device, self._progress, check, lanes=lanes)
-        record = Record(self._output, self.outcomes, self._progress)
+        io = TensorIO(self._reader, output, tensors, self._device, self._progress, check, lanes=lanes)
         with one_torch_thread() if schedule.uses_torch else nullcontext():
             jobs = jobs_of(schedule, part)
             write_through(jobs, io, record, schedule.resources, given_up, copies=copies)

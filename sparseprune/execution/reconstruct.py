@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from msgspec import Struct
-from msgspec.structs import replace
 
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
@@ -24,13 +23,13 @@ from sparseprune.engine.projections import projection
 from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
 from sparseprune.engine.targets import target_weights
 from sparseprune.errors import SparsityError
+from sparseprune.execution import nested_tasks
 from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.ranking import Elements, refuse_nonfinite
 from sparseprune.execution.regions import leaves_of
 from sparseprune.execution.strategy import independent_parts
-from sparseprune.execution.torch_tiles import Tile, build_scope, parts_at, tensor_of
-from sparseprune.spec import BoundBlock, BoundScope
+from sparseprune.execution.torch_tiles import Tile, build_scope, only, parts_at, tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,13 +38,15 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine import BlockSpec
+    from sparseprune.engine.projections import Projection
     from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.nested_tasks import Kept
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.regions import AnyBlock, AnyScope, Part, Region
+    from sparseprune.execution.regions import AnyBlock, Part, Region
     from sparseprune.execution.strategy import Rebuild
     from sparseprune.execution.tensor_io import TensorIO
-    from sparseprune.spec import Reconstruct
+    from sparseprune.spec import BoundBlock, Reconstruct
 
 
 # Of a search, measured: of all matrices together, then of each one by itself.
@@ -136,14 +137,15 @@ class _Piece:
         self._gradients = task.with_role("gradients")
         self._method = self._reconstruct()
         self._sides = [self._side(one) for one in self._inputs.values()]
+        self._kept: Kept = {}  # by nested scopes
 
     def rebuilt(self) -> list[Outcome]:
         """Decide and rebuild, then write."""
         method = self._method
         if self._is_unseen():
-            masks = self._tile.decide()
+            masks = self._decided()
             zero_pruned(masks)
-            return self._tile.store(masks)
+            return self._shared_out(self._tile.store(masks))
         masks, found = self._alternated(method) if method.method == "admm" else self._refitted(method)
         kept, changes = self._tile.kept(masks), {}
         for side, one in zip(self._sides, found, strict=True):
@@ -156,7 +158,30 @@ class _Piece:
             outcome[7] = energy  # of survivors as they were: rebuilt ones may have more than all had before
             if outcome[0] in changes:  # once for each tensor, whatever leaves it has
                 outcome.extend(changes.pop(outcome[0]))
-        return outcomes
+        return self._shared_out(outcomes)
+
+    def _decided(self) -> dict[BlockSpec, Tensor]:
+        """The masks by the score."""
+        if not self._task.levels:
+            return self._tile.decide()
+        self._kept = nested_tasks.decide(self._task.levels, self._io)
+        return self._seen_by_tile()
+
+    def _seen_by_tile(self) -> dict[BlockSpec, Tensor]:
+        """What nested scopes keep, for the blocks of the tile, which are whole tensors."""
+        return {
+            spec: nested_tasks.seen(self._kept[one.region.leaf.tensor], one.region.leaf).to(self._io.device)
+            for spec, one in self._tile.leaves()
+        }
+
+    def _shared_out(self, outcomes: list[Outcome]) -> list[Outcome]:
+        levels = self._task.levels
+        return nested_tasks.share_out(outcomes, levels, self._kept) if levels else outcomes
+
+    def _leaves(self, name: str) -> list[BoundBlock]:
+        """The leaves of nested scopes in a tensor."""
+        leaves = (leaf for task in self._task.levels for leaf in task.instance.scope.leaves)
+        return [leaf for leaf in leaves if leaf.tensor == name]
 
     def _reconstruct(self) -> Reconstruct:
         method = self._task.instance.reconstruct
@@ -166,7 +191,7 @@ class _Piece:
 
     def _refitted(self, method: Reconstruct) -> tuple[dict[BlockSpec, Tensor], list[Reconstructed]]:
         """Masks by the score, and the weights that follow."""
-        masks = self._tile.decide()
+        masks = self._decided()
         by_leaf = {one.region.leaf: masks[spec] for spec, one in self._tile.leaves()}
         found = []
         for side in self._sides:
@@ -179,17 +204,8 @@ class _Piece:
 
     def _alternated(self, method: Reconstruct) -> tuple[dict[BlockSpec, Tensor], list[Reconstructed]]:
         """Masks and weights, found together; members that take no part follow their blocks."""
-        nnz = self._task.instance.budget.nnz
-        if nnz is None:
-            raise TypeError(f"{self._task.instance.label} has no nnz")
         params = [torch.empty_like(side.matrix.dense, dtype=side.matrix.work_dtype) for side in self._sides]
-        views = {
-            region.leaf: View(param, region.extent, region.leaf.view_stride, region.first - side.first)
-            for side, param in zip(self._sides, params, strict=True)
-            for region in side.regions
-        }
-        scope = build_scope(_only(self._task.instance.scope, frozenset(views)), views)
-        project = projection(scope, nnz, params)
+        project = self._projection(params)
         matrices = [side.matrix for side in self._sides]
         if self._holds_rows():
             found = keep_rows(matrices, project, damp=method.damp)
@@ -203,6 +219,32 @@ class _Piece:
                 joint=joint,
                 between=self._between,
             )
+        return self._followed(found), found
+
+    def _projection(self, params: Sequence[Tensor]) -> Projection:
+        """That onto what the scope allows, for tensors in the order of the sides."""
+        instance, levels = self._task.instance, self._task.levels
+        if levels:
+            named = {side.name: param for side, param in zip(self._sides, params, strict=True)}
+            return nested_tasks.project_onto(levels, named)
+        if instance.budget.nnz is None:
+            raise TypeError(f"{instance.label} has no nnz")
+        views = {
+            region.leaf: View(param, region.extent, region.leaf.view_stride, region.first - side.first)
+            for side, param in zip(self._sides, params, strict=True)
+            for region in side.regions
+        }
+        scope = build_scope(only(instance.scope, frozenset(views)), views)
+        return projection(scope, instance.budget.nnz, params)
+
+    def _followed(self, found: Sequence[Reconstructed]) -> dict[BlockSpec, Tensor]:
+        """Masks of all tensors, from those of the matrices."""
+        if self._task.levels:
+            self._kept = nested_tasks.all_kept(self._task.levels, self._io)
+            for side, one in zip(self._sides, found, strict=True):
+                self._kept[side.name] = one.mask.reshape(-1).cpu()
+            nested_tasks.follow(self._task.levels, self._kept, {side.name for side in self._sides})
+            return self._seen_by_tile()
         kept = {
             region.leaf: side.view(region, one.mask)
             for side, one in zip(self._sides, found, strict=True)
@@ -213,15 +255,14 @@ class _Piece:
             _decided(block, spec.block.members, kept)
             for (block, _), (spec, _) in zip(self._tile.parts, engine.members, strict=True)
         ]
-        return engine.get_masks(nnz, block_mask=engine.gather(decision)), found
+        return engine.get_masks(0, block_mask=engine.gather(decision))
 
     def _holds_rows(self) -> bool:
         """Whether all blocks hold whole rows of matrices."""
         return all(
-            holds_rows(region.leaf, shape, dim)
+            holds_rows(leaf, *self._seen(side))
             for side in self._sides
-            for shape, dim in [self._seen(side)]
-            for region in side.regions
+            for leaf in self._leaves(side.name) or [region.leaf for region in side.regions]
         )
 
     def _seen(self, side: _Side) -> tuple[tuple[int, ...], int]:
@@ -259,8 +300,14 @@ class _Piece:
             dense, dim = dense.reshape(len(moment), -1, dense.shape[1]), dim % 2 + 1
         regions = [loaded.region for leaf, loaded in self._tile.loaded.items() if leaf.tensor == one.key]
         fixed = torch.ones_like(dense, dtype=torch.bool)
-        for region in regions:
-            fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(value=False)
+        if self._task.levels:
+            for leaf in self._leaves(one.key):
+                nested_tasks.seen(fixed, leaf).fill_(value=False)
+        else:
+            for region in regions:
+                fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(
+                    value=False
+                )
         is_fixed = bool(fixed.any())
         if not is_fixed:  # what stays as it is takes no part in a target
             dense = self._target(one, dense, moment, dim)
@@ -321,21 +368,6 @@ def _changes(matrix: Matrix, found: Reconstructed) -> list[list[float]]:
         [*(float(one.outputs.sum()) for one in each), units.energy],
         [*(float(one.loss.sum()) for one in each), units.loss],
     ]
-
-
-def _only(scope: AnyScope, leaves: frozenset[BoundBlock]) -> AnyScope:
-    """A scope whose fused blocks have these members alone."""
-    if not isinstance(scope, BoundScope):
-        return replace(scope, members=tuple(_members_only(member, leaves) for member in scope.members))
-    return _members_only(scope, leaves)
-
-
-def _members_only(scope: BoundScope, leaves: frozenset[BoundBlock]) -> BoundScope:
-    if isinstance(scope.block, BoundBlock):
-        return scope
-    pairs = [pair for pair in zip(scope.block.members, scope.block.orders, strict=True) if pair[0] in leaves]
-    members, orders = zip(*pairs, strict=True)
-    return replace(scope, block=replace(scope.block, members=members, orders=orders))
 
 
 def _decided(

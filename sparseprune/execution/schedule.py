@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.devices import count_devices, free_bytes
+from sparseprune.execution.nesting import levels_of, tasks_of
 from sparseprune.execution.regions import (
     INTERPRETER,
     TORCH,
@@ -76,18 +77,27 @@ class Untouched(Struct, frozen=True):
 
 
 class Schedule(Struct, frozen=True):
-    """All that has to be done for a plan, by at most `workers` threads at one time."""
+    """All that has to be done for a plan, by at most `workers` threads at one time.
+
+    `outer` are the levels of nested scopes that come before, each within the masks of the one before it.
+    """
 
     plan: Plan
     limits: Limits
     workers: int
     groups: tuple[TaskGroup, ...]
     untouched: tuple[Untouched, ...]
+    outer: tuple[Schedule, ...] = ()
+
+    @property
+    def every_group(self) -> tuple[TaskGroup, ...]:
+        """The groups of all levels."""
+        return (*(group for level in self.outer for group in level.groups), *self.groups)
 
     @property
     def uses_torch(self) -> bool:
         """Whether some task needs the torch engine."""
-        return any(map(needs_torch, self._unlike))
+        return any(map(needs_torch, self._unlike)) or any(level.uses_torch for level in self.outer)
 
     @property
     def resources(self) -> Resources:
@@ -99,7 +109,8 @@ class Schedule(Struct, frozen=True):
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are kept."""
         searched = min(self.limits.memory, self.search_resources.threads * self._searched)
-        return max(self._peak_of_groups, self._base + max(searched, self._searched))
+        before = max((level.peak_bytes for level in self.outer), default=0)
+        return max(before, self._peak_of_groups, self._base + max(searched, self._searched))
 
     @property
     def search_resources(self) -> Resources:
@@ -133,6 +144,7 @@ class Schedule(Struct, frozen=True):
         """The work, in bytes of the input that are read, each as often as it is read."""
         tensors = self.plan.checkpoint.tensors
         reads = sum(group.strategy.work(task, tensors) for group in self.groups for task in group.tasks)
+        reads += sum(level.nbytes for level in self.outer)
         searched = self.plan.permutations.search_bytes(tensors)
         return reads + sum(one.nbytes for one in self.untouched) + searched
 
@@ -233,8 +245,9 @@ def device_text(groups: Iterable[TaskGroup], device: str) -> str:
 def devices_of_rules(schedule: Schedule, device: str) -> dict[str, str]:
     """As `device_text`, for each rule of a schedule."""
     groups: dict[str, list[TaskGroup]] = {}
-    for group in schedule.groups:
-        groups.setdefault(group.task.rule, []).append(group)
+    for group in schedule.every_group:
+        for task in tasks_of(group.task):
+            groups.setdefault(task.rule, []).append(group)
     return {rule: device_text(some, device) for rule, some in groups.items()}
 
 
@@ -243,7 +256,7 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
     if not asked.startswith("cuda"):
         return
     largest: dict[str, int] = {}
-    for group in schedule.groups:
+    for group in schedule.every_group:
         if not needs_torch(group.strategy):
             rule = group.task.rule
             largest[rule] = max(largest.get(rule, 0), elements_of_block(group.task))
@@ -255,6 +268,12 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
 
 
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
+    *outer, last = (_level(level, limits, workers, compiled=compiled) for level in levels_of(plan))
+    return replace(last, plan=plan, outer=tuple(outer))
+
+
+def _level(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
+    """The schedule of scopes that are not nested, or of one level of those that are."""
     tensors = plan.checkpoint.tensors
     known: dict[Hashable, Strategy] = {}  # thousands of tasks have a handful of forms
     groups: list[TaskGroup] = []
@@ -264,7 +283,8 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
     for number, unit in enumerate(plan.units):
         for part, (task, member) in enumerate(_tasks(unit)):
             inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
-            form = (task.instance.form, member, task.codes, bool(task.within), *inputs)
+            levels = [one.instance.form for one in task.levels]
+            form = (task.instance.form, member, task.codes, bool(task.within), *levels, *inputs)
             strategy = known.get(form)
             if strategy is None:
                 strategy = known[form] = choose(task, tensors, limits, compiled=compiled)
@@ -316,7 +336,7 @@ def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
 
 def _untouched(number: int, unit: WorkUnit) -> Iterator[Untouched]:
     leaves_of: dict[str, list[BoundBlock]] = {stored.name: [] for stored in unit.tensors}
-    within = {mask.name: mask for task in unit.tasks for mask in task.within}
+    within = {mask.name: mask for mask in unit.within}
     for task in unit.tasks:
         for leaf in task.instance.scope.leaves:
             leaves_of[leaf.tensor].append(leaf)

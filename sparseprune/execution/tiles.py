@@ -133,9 +133,9 @@ class CutScopes(RegionPass):
 
 @dataclass(frozen=True, slots=True)
 class CopyUntouched(Pass):
-    """What no rule reaches of a tensor: copied as it is, its masks all 1; without leaves it has none.
+    """What no rule reaches of a tensor: copied as it is, its masks all 1; what moves alone has none.
 
-    It is zero, and its mask 0, where the mask of an earlier step, which it may be `within`, drops it.
+    It is zero, and its mask 0, where the mask that it may be `within` drops it.
     """
 
     name: str
@@ -164,7 +164,7 @@ class CopyUntouched(Pass):
                 dropped += mask.size - int(np.count_nonzero(mask))
                 found = io.tally(loaded)
             after += found
-            io.store(loaded, mask if self.leaves else None)
+            io.store(loaded, mask if self.leaves or self.within else None)
         counted = [before.zeros, before.energy, after.zeros, after.energy]
         return [[self.name, "", before.numel, dropped, *counted]]
 

@@ -320,6 +320,21 @@ def build_scope(bound: AnyScope, tensors: Mapping[BoundBlock, Tensor | View]) ->
     return _build_scope_spec(bound, tensors)
 
 
+def only(scope: AnyScope, leaves: frozenset[BoundBlock]) -> AnyScope:
+    """A scope whose fused blocks have these members alone."""
+    if not isinstance(scope, BoundScope):
+        return replace(scope, members=tuple(_members_only(member, leaves) for member in scope.members))
+    return _members_only(scope, leaves)
+
+
+def _members_only(scope: BoundScope, leaves: frozenset[BoundBlock]) -> BoundScope:
+    if isinstance(scope.block, BoundBlock):
+        return scope
+    pairs = [pair for pair in zip(scope.block.members, scope.block.orders, strict=True) if pair[0] in leaves]
+    members, orders = zip(*pairs, strict=True)
+    return replace(scope, block=replace(scope.block, members=members, orders=orders))
+
+
 def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | View]) -> ScopeSpec:
     leaves = [BlockSpec(tensors[leaf], leaf.shape, leaf.tensor) for leaf in bound.leaves]
     block: SparseBlock = leaves[0]

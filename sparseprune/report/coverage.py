@@ -105,7 +105,7 @@ class _Kind:
 
 def coverage_of(tensors: Tensors, bound: BoundSpec, config: Mapping[str, Any] | None = None) -> Coverage:
     """What the rules of a spec reach in a checkpoint with this config.json."""
-    reached = _reached(bound.rules)
+    reached = _reached(bound)
     shapes = [stored.entry.shape for stored in tensors.values()]
     beside = names_beside(tensors)
     names = [name for name in tensors if name not in beside] if beside else list(tensors)
@@ -151,14 +151,21 @@ def coverage_text(
     return f"{text}; not reached: {', '.join(missed)}{' and more' if len(others) == _SHOWN else ''}"
 
 
-def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:
-    """Elements of each tensor that rules reach; no element is reached twice."""
-    instances = [instance for rule in rules for instance in rule.instances]
-    leaves = Counter((leaf.tensor, leaf.view_shape) for one in instances for leaf in one.scope.leaves)
-    found: Counter[str] = Counter()
-    for (name, shape), count in leaves.items():
-        found[name] += prod(shape) * count
-    return found
+def _reached(bound: BoundSpec) -> dict[str, int]:
+    """Elements of each tensor that rules reach; of nested ones those of the level that reaches the most."""
+    of_level: dict[tuple[str, int], Counter[str]] = {}
+    for rule in bound.rules:
+        outermost, *inner = bound.levels(rule.name)
+        leaves = Counter(
+            (leaf.tensor, leaf.view_shape) for one in rule.instances for leaf in one.scope.leaves
+        )
+        found = of_level.setdefault((outermost, len(inner)), Counter())
+        for (name, shape), count in leaves.items():
+            found[name] += prod(shape) * count
+    of_nest: dict[str, Counter[str]] = {}
+    for (outermost, _), found in of_level.items():
+        of_nest[outermost] = of_nest.get(outermost, Counter()) | found
+    return sum(of_nest.values(), Counter())
 
 
 def _kinds(names: Sequence[str], shapes: Sequence[Shape], reached: Mapping[str, int]) -> list[_Kind]:

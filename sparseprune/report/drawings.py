@@ -274,6 +274,7 @@ class RuleDrawing:
             shared_beginning([name.rpartition(".")[0] for name in tensors]) if len(set(tensors)) > 1 else ""
         )
         title = f"{instance.label}{f' in {prefix}' if prefix else ''}"
+        title += f", within {instance.within}" if instance.within is not None else ""
         yield Text(printable(title), "bold", overflow="fold")
         panels, letters = self._panels(instance, prefix, options)
         for row in _packed(panels, width):
@@ -281,7 +282,8 @@ class RuleDrawing:
         more = len(instance.scope.leaves) - len(panels)
         if more:
             yield Text(f"and {many(more, 'more tensor')} in the same scopes")
-        yield Text(_legend(letters, tensors), "dim")
+        out = f"; what {instance.within} drops is out" if instance.within is not None else ""
+        yield Text(_legend(letters, tensors) + out, "dim")
 
     def _panels(
         self, instance: BoundInstance, prefix: str, options: ConsoleOptions

@@ -179,6 +179,7 @@ def rule_plan(
         forms=_forms(forms.values(), tensors),
         removal=_rule_removal(names, rule.name, tensors, planned),
         allocation=allocated_instances(rule),
+        within=rule.within,
     )
 
 
@@ -333,6 +334,8 @@ def _binding(rule: results.RulePlan) -> Facts:
         facts.append(("block", f"{' + '.join(rule.fused)}, fused: {rule.fused_block}"))
     if rule.competing > 1:
         facts.append(("scope", f"{rule.competing:,} scopes compete for one budget"))
+    if rule.within is not None:
+        facts.append(("within", f"{rule.within}: only what that one keeps competes"))
     return facts
 
 
@@ -348,6 +351,9 @@ def _budget(rule: results.RulePlan) -> Facts:
         kept += ", as many in each row and column: transposable" if rule.transposable else ""
         why = "whole blocks" if rule.allocation is None else "one budget is shared"
         rounded = "" if asked in (None, became) else f", asked {each_text(asked, percent)}: {why}"
+        if rule.within is not None:
+            kept = f"at most {kept}"
+            rounded = "" if asked is None else f" at least, {each_text(asked, percent)} of what is left"
         facts += [("keeps", kept), ("sparsity", each_text(became, percent) + rounded)]
     if rule.mode == "soft":
         facts.append(("mode", "soft: what survives shrinks, too"))
@@ -381,7 +387,9 @@ def _pruning(rule: results.RulePlan, numel: int) -> tuple[str, str]:
     reached = f"{rule.numel:,} elements"
     if rule.pruned is None:
         return "reaches", f"{reached}, {percent(share(rule.numel, numel))} of all parameters"
-    return "prunes", f"{rule.pruned:,} of {reached}, {percent(share(rule.pruned, numel))} of all parameters"
+    least = "" if rule.within is None else "at least "
+    part = percent(share(rule.pruned, numel))
+    return "prunes", f"{least}{rule.pruned:,} of {reached}, {part} of all parameters"
 
 
 def _facts(facts: Facts) -> RenderableType:

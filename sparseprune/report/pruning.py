@@ -54,9 +54,10 @@ ERRORS = ("output_error_masked", "output_error", "loss_error_masked", "loss_erro
 class Sums(Struct, frozen=True):
     """Elements that each rule reached and dropped, and the errors of reconstructed tensors by their names.
 
-    `metrics` are those that were minimized.
+    `dropped` counts the elements that are dropped in all, `metrics` are those that were minimized.
     """
 
+    dropped: list[int] = struct_field(default_factory=list)
     numel: Counter[str] = struct_field(default_factory=Counter)
     pruned: Counter[str] = struct_field(default_factory=Counter)
     errors: Mapping[str, list[float | None]] = struct_field(
@@ -76,6 +77,7 @@ def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
     """The sums over all tensors; looks at each one once, as it may be made only then."""
     found = Sums()
     for tensor in tensors:
+        found.dropped.append(tensor.pruned)
         for rule, part in tensor.reach.items():
             found.numel[rule] += part.numel
             found.pruned[rule] += part.pruned
@@ -87,7 +89,7 @@ def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
 
 def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None) -> ReportTotals:
     """The totals of `apply` and `mask`."""
-    numel, pruned = sum(stored.numel for stored in checkpoint.tensors.values()), found.pruned.total()
+    numel, pruned = sum(stored.numel for stored in checkpoint.tensors.values()), sum(found.dropped)
     return ReportTotals(
         tensors=len(checkpoint.tensors),
         numel=numel,
@@ -122,6 +124,7 @@ def rule_results(
             reconstructed=rebuilds[rule.name].method if rule.name in rebuilds else None,
             metric=rebuilds[rule.name].metric if rule.name in rebuilds else None,
             allocation=allocated_instances(rule),
+            within=rule.within,
         )
         results.append(result)
     return tuple(results)
@@ -136,7 +139,7 @@ def tensor_result(tensor: TensorOutcome) -> TensorResult:
         numel=tensor.before.numel,
         rule=", ".join(tensor.reach),
         instance=tensor.instance,
-        pruned=sum(part.pruned for part in tensor.reach.values()),
+        pruned=tensor.pruned,
         zeros_before=tensor.before.zeros,
         zeros_after=tensor.after.zeros,
         energy_kept=energy_kept(tensor.before, tensor.after),

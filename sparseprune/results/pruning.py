@@ -119,6 +119,12 @@ class RuleRemoval(Record):
     ]
 
 
+WithinRule = Annotated[
+    str | None,
+    Doc("the rule that it is nested in, among whose survivors it decides; left out if there is none"),
+]
+
+
 class RulePlan(Record):
     """A rule of the spec, what it binds to and what it will prune."""
 
@@ -145,12 +151,19 @@ class RulePlan(Record):
     sparsity: Annotated[EachNumber, Doc("share of the blocks of a scope that are dropped, after rounding")]
     blocks: Count
     numel: Annotated[Count, Doc("elements that the rule reaches")]
-    pruned: Annotated[Count | None, Doc("elements that it will drop; null if that depends on the data")]
+    pruned: Annotated[
+        Count | None,
+        Doc(
+            "elements that it will drop, of a rule that is within another one at least; null if that depends "
+            "on the data"
+        ),
+    ]
     forms: tuple[TensorForm, ...]
     removal: RuleRemoval
     allocation: Annotated[
         Allocation, Doc("of a rule that shares one, its parts; left out where no weights were read")
     ] = None
+    within: WithinRule = None
 
 
 class PlanTotals(Record):
@@ -290,13 +303,14 @@ class RuleResult(Record):
     sparsity_asked: EachNumber
     blocks: Count
     numel: Annotated[Count, Doc("elements that it reached")]
-    pruned: Annotated[Count, Doc("elements that it dropped")]
+    pruned: Annotated[Count, Doc("elements that it dropped, with those that rules dropped that it is within")]
     device: Annotated[str | None, Doc("what did the work of this rule; null if it bound nothing")]
     reconstructed: Annotated[
         Literal["admm", "refit"] | None, Doc("how survivors were updated; null if they keep their bits")
     ]
     metric: Annotated[Minimized, Doc("what its instances minimized; null if nothing was reconstructed")]
     allocation: Allocation = None
+    within: WithinRule = None
 
 
 class TensorResult(NamedTensor):

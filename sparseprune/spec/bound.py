@@ -298,6 +298,11 @@ class BoundSpec(Struct, frozen=True):
         return levels_of(self.rules, name)
 
     @property
+    def outer(self) -> frozenset[str]:
+        """The names of the rules that others are within."""
+        return frozenset(rule.within for rule in self.rules if rule.within is not None)
+
+    @property
     def covered(self) -> tuple[str, ...]:
         """The tensors that some rule reaches, each once, in the order of the rules."""
         leaves = (leaf.tensor for _, instance in self.instances() for leaf in instance.scope.leaves)

@@ -387,7 +387,7 @@ def test_a_choice_holds_packed_masks_and_what_is_rebuilt(tmp_path: Path, rebuilt
     reached = ["b", "z", "a", "e"]
     final = lay_out_removal(checkpoint, tmp_path / "out", None, None)
     layout = lay_out_choice(checkpoint, final, reached, rebuilt=rebuilt)
-    assert (layout.target, layout.mask_format, layout.is_scratch) == (final.target, "packed", True)
+    assert (layout.target, layout.mask_format, layout.scratch) == (final.target, "packed", "choice")
     assert (layout.writes_weights, set(layout.weights)) == (rebuilt, set(reached) if rebuilt else set())
     draw = random.Random(1)
     masks = {name: bytes(draw.choices((0, 1), k=place.numel)) for name, place in layout.masks.items()}
