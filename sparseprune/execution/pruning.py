@@ -146,7 +146,7 @@ def first_pass(group: TaskGroup) -> Pass:
 
         return CutTiles(task, strategy)
     if isinstance(strategy, TorchOutOfCore):
-        from sparseprune.execution.torch_tiles import out_of_core  # noqa: PLC0415  (torch)
+        from sparseprune.execution.torch_out_of_core import out_of_core  # noqa: PLC0415  (torch)
 
         return out_of_core(task, strategy)
     if isinstance(strategy, Rebuild):

@@ -25,7 +25,8 @@ from sparseprune.execution.pruning import jobs_of
 from sparseprune.execution.regions import DEVICE_TILE_ELEMENTS, Limits, Part, limits_of
 from sparseprune.execution.schedule import make_schedule
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.torch_tiles import Place, SearchRank, halves
+from sparseprune.execution.torch_out_of_core import Place, SearchRank
+from sparseprune.execution.torch_tiles import halves
 from sparseprune.spec import parse_spec
 from tests.commands import refused, run
 from tests.execution.elsewhere import Sent
