@@ -48,6 +48,7 @@ from sparseprune.spec.expressions import (
     resolve_variables,
 )
 from sparseprune.spec.locating import JoinedSite, Model, TensorSite, label, locate
+from sparseprune.spec.nesting import bounded
 from sparseprune.spec.overlaps import check_overlaps, is_injective
 from sparseprune.spec.problems import Misfit, Problems, shown
 from sparseprune.spec.schema import (
@@ -289,14 +290,18 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
         for place, table in spec.tables.items()
         if isinstance(table, BudgetTable) and place not in coupled and sites[place]
     )
-    check_overlaps(rules, problems)
+    check_overlaps(rules, spec.nested(), problems)
     check_shares(rules, problems)
     problems.raise_if_any()
+    for inner, outer in spec.nested().items():
+        if sites[inner] and not sites[outer]:
+            text = f"[{outer}] is optional, and the checkpoint has none of its tensors"
+            problems.add(inner, "within", f"{text}: make this rule fit what is there, or leave this key out")
     if not rules:
         why = "all rules are optional, and the checkpoint has none of their tensors"
         problems.add("", "", f"no rule reaches a tensor: {why}")
     problems.raise_if_any()
-    return BoundSpec(rules, spec.covers)
+    return BoundSpec(bounded(rules), spec.covers)
 
 
 class _Binder:

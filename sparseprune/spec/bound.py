@@ -14,7 +14,7 @@ from msgspec import Struct
 from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod, surviving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 Captures = tuple[tuple[str, int | str], ...]
@@ -271,9 +271,12 @@ class BoundRule(Struct, frozen=True):
         return members
 
 
-def levels_of(rules: Iterable[BoundRule], name: str) -> tuple[str, ...]:
-    """The names of the rules that one of several is within, outermost first, and its own."""
-    outer = {rule.name: rule.within for rule in rules}
+def levels_of(name: str, outer: Mapping[str, str | None]) -> tuple[str, ...]:
+    """The names of the rules that a rule is within, outermost first, and its own; `outer` has that of each.
+
+    >>> levels_of("fine", {"fine": "middle", "middle": "coarse", "coarse": None})
+    ('coarse', 'middle', 'fine')
+    """
     names = [name]
     while (found := outer.get(names[-1])) is not None:
         names.append(found)
@@ -295,7 +298,7 @@ class BoundSpec(Struct, frozen=True):
 
     def levels(self, name: str) -> tuple[str, ...]:
         """The names of the rules that a rule is within, outermost first, and its own."""
-        return levels_of(self.rules, name)
+        return levels_of(name, {rule.name: rule.within for rule in self.rules})
 
     @property
     def outer(self) -> frozenset[str]:

@@ -29,6 +29,7 @@ from sparseprune.spec.schema import (
     Spec,
     Table,
     TensorsTable,
+    reconstruct_of,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ Membership = tuple[str, str]
 """The places of a coupling and of one of its members."""
 _BUDGET_KEYS = (*BUDGETS, "multiple_of")
 _VIEW_KEYS = ("slice", "axes", "view", "shape", "block")
+_MOST_LEVELS = 100
+_MOST_SHOWN = 8  # names in a circle
 _MOST_MISSING = 8  # names without a table, for which the tables that they may mean are looked for
 
 
@@ -96,6 +99,7 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
             check.tensors(place, table)
     check.blocks()
     check.budgets()
+    check.nests()
     if spec.score is not None and not problems.is_open("score", "kind"):
         check.score("score", spec.score)
     if spec.reconstruct is not None and not problems.is_open("reconstruct", "method"):
@@ -237,9 +241,9 @@ class _Checker(Struct, frozen=True):
                 self._outermost(place, table)
 
     def _inner(self, place: str, table: BudgetTable, coupling: str) -> None:
-        for key in (*_BUDGET_KEYS, *METHOD_KEYS):
+        for key in (*_BUDGET_KEYS, "within", *METHOD_KEYS):
             if getattr(table, key) is not None:
-                what = "this" if key in METHOD_KEYS else "its budget"
+                what = "its budget" if key in _BUDGET_KEYS else "this"
                 self.add(place, key, f"this scope is a member of [{coupling}]: {what} belongs there")
         if isinstance(table, ScopeTable) and table.permute:
             self.add(place, "permute", f"this scope is a member of [{coupling}], and only N:M is permuted")
@@ -364,6 +368,100 @@ class _Checker(Struct, frozen=True):
         if "file" in allowed and table.file is None:
             text = f'missing: kind = "{table.kind}" reads its values from a safetensors file or directory'
             self.add(place, f"{within}file", text)
+
+    # -- scopes within others ---------------------------------------------------------------------
+
+    def nests(self) -> None:
+        """Names that `within` cannot have, and keys of inner and outer rules that do not go with it."""
+        coupled, nested = self.spec.coupled_scopes(), self.spec.nested()
+        for place, table in self.spec.tables.items():
+            if isinstance(table, BudgetTable) and table.within is not None and place not in coupled:
+                self._name_of_outer(place, table.within)
+        self._circles(nested)
+        for place, outer in nested.items():
+            if outer not in coupled and place not in coupled:
+                self._level(place, place)
+                if outer not in nested:
+                    self._level(place, outer)
+                self._rebuilt_alike(place, outer)
+
+    def _name_of_outer(self, place: str, name: str) -> None:
+        coupled, own = self.spec.coupled_scopes(), place.partition(".")[2]
+        scopes, couplings = self.declared["scope"], self.declared["scope_coupling"]
+        blocks = [kind for kind in ("block", "block_coupling") if name in self.declared[kind]]
+        if name in couplings:
+            return
+        if name in scopes:
+            coupling = coupled.get(f"scope.{name}")
+            if coupling is not None:
+                text = f"[scope.{name}] is a member of [{coupling}], which decides what it keeps: name that"
+                self.add(place, "within", text)
+        elif blocks:
+            text = f"{shown(name)} is a [{blocks[0]}]: name a [scope] or [scope_coupling]"
+            self.add(place, "within", text)
+        elif not self.problems.is_open("", "scope", "scope_coupling"):
+            real = [each for each in scopes if each != own and f"scope.{each}" not in coupled]
+            text = f"there is no [scope] or [scope_coupling] {shown(name)}"
+            self.add(place, "within", text + suggestion(name, [*real, *couplings]))
+
+    def _circles(self, nested: Mapping[str, str]) -> None:
+        """Rules that are within themselves, by way of others, too, or within very many others."""
+        depths: dict[str, int] = {}
+        has_circle = False
+        for start in nested:
+            path: dict[str, None] = {}
+            place: str | None = start
+            while place is not None and place not in depths:
+                depths[place] = 0
+                path[place] = None
+                place = nested.get(place)
+            if place in path:
+                has_circle = True
+                circle = [*path][[*path].index(place) :]
+                names = [shown(each.partition(".")[2]) for each in circle[1:_MOST_SHOWN]]
+                names += ["others"] if len(circle) > _MOST_SHOWN else []
+                text = ", that within ".join([*names, "itself"])
+                self.add(place, "within", f"it is within {text}: leave the key out of the outermost one")
+            for each in reversed(path):
+                depths[each] = 1 + depths.get(nested.get(each, ""), 0)
+        deepest = max(depths, key=depths.__getitem__, default="")
+        if depths.get(deepest, 0) > _MOST_LEVELS and not has_circle:
+            text = f"it is within {depths[deepest] - 1} others, wanted {_MOST_LEVELS - 1} at most"
+            self.add(deepest, "within", text)
+
+    def _level(self, place: str, level: str) -> None:
+        """Keys of a level that does not go with others, told of `place`, which is it or within it."""
+        table = self.spec.tables.get(level)
+        if not isinstance(table, BudgetTable):
+            return
+        what = "this rule" if level == place else f"[{level}]"
+        found = table.reconstruct or self.spec.reconstruct
+        if table.threshold is not None:
+            text = f"{what} has a threshold, which keeps no fixed number: give nnz or sparsity"
+            self.add(place, "within", text)
+        for key, is_there in {
+            'mode = "soft"': table.mode == "soft",
+            "permute": bool(getattr(table, "permute", None)),
+            "transposable": bool(getattr(table, "transposable", None)),
+            'allocate = "loss"': found is not None and found.allocate == "loss",
+        }.items():
+            if is_there:
+                self.add(place, "within", f"{what} has {key}, which nested rules cannot have: leave it out")
+
+    def _rebuilt_alike(self, place: str, outer: str) -> None:
+        """A rule that is rebuilt in another way than the one around it: all levels are solved for at once."""
+        is_open = self.problems.is_open
+        if is_open("", "reconstruct") or is_open("reconstruct", *ReconstructTable.keys):
+            return
+        tables = [self.spec.tables.get(each) for each in (place, outer)]
+        ways = {
+            reconstruct_of(table.reconstruct or self.spec.reconstruct, self.spec.directory)
+            for table in tables
+            if isinstance(table, BudgetTable)
+        }
+        if len(ways) > 1 and not (is_open(place, "reconstruct") or is_open(outer, "reconstruct")):
+            text = f"this rule and [{outer}] have unlike reconstruct tables, but are rebuilt at once"
+            self.add(place, "within", f"{text}: give one [reconstruct] for all levels")
 
     # -- names in expressions --------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from sparseprune.spec.binding import budget_of
 from sparseprune.spec.bound import BoundInstance, BoundRule, BoundSpec, Budget
 from sparseprune.spec.expressions import Broken, Expression, Names, expressions_of, resolve_variables
+from sparseprune.spec.nesting import bounded
 from sparseprune.spec.problems import Misfit, Problems
 from sparseprune.spec.schema import BudgetTable
 
@@ -139,10 +140,10 @@ def _budget(spec: Spec, form: Form, shared: Mapping[str, object]) -> tuple[Budge
 
 
 def with_budgets(bound: BoundSpec, budgets: Budgets) -> BoundSpec:
-    """The same bound scopes with other budgets, by form."""
+    """The same bound scopes with other budgets, by form; those of nested ones as far as outer ones allow."""
     rules = []
     for rule in bound.rules:
         found = [(one, *budgets[one.form]) for one in rule.instances]
         instances = [replace(one, budget=budget, sparsity=sparsity) for one, budget, sparsity in found]
         rules.append(BoundRule(rule.name, tuple(instances)))
-    return replace(bound, rules=tuple(rules))
+    return replace(bound, rules=bounded(rules))

@@ -21,29 +21,32 @@ if TYPE_CHECKING:
 Owned = tuple[str, str, "BoundBlock"]  # the rule, the instance and a leaf of it
 
 
-def check_overlaps(rules: Sequence[BoundRule], problems: Problems) -> None:
+def check_overlaps(rules: Sequence[BoundRule], outer: Mapping[str, str], problems: Problems) -> None:
     """A problem for every two rules, or one rule with itself, that reach one element.
 
-    Rules may meet where one is within the other, by way of others, too.
+    Rules meet where one is within the other, by way of others, too; `outer` has the rule around each one that
+    is within another. A rule that never meets the one around it is a problem.
     """
-    nested = _nested(rules)
+    around = {rule.name: frozenset(levels_of(rule.name, outer)[:-1]) for rule in rules}
+    some = {rule.name for rule in rules if rule.instances}
+    apart = {inner: outside for inner, outside in outer.items() if {inner, outside} <= some}
     found: dict[tuple[str, str], list[tuple[Owned, Owned]]] = {}
     for owned in _leaves_of_shared_tensors(rules):
         first_of: dict[tuple[str, str], tuple[Owned, Owned]] = {}  # of every two rules
         for one, other in _meeting(owned):
             names = (one[0], other[0])
-            if names not in first_of and names not in nested and share_an_element(one[2], other[2]):
+            inner = next((name for name in names if not around[name].isdisjoint(names)), None)
+            if inner is not None:
+                if apart.get(inner) in names and share_an_element(one[2], other[2]):
+                    del apart[inner]
+            elif names not in first_of and share_an_element(one[2], other[2]):
                 first_of[names] = (one, other)
         for names, pair in first_of.items():
             found.setdefault(names, []).append(pair)
     for (_, rule), pairs in found.items():
         problems.add(rule, "", _worded(*pairs[0], len(pairs) - 1))
-
-
-def _nested(rules: Sequence[BoundRule]) -> frozenset[tuple[str, str]]:
-    """Every two rules of which one is within the other, in either order."""
-    pairs = {(rule.name, outer) for rule in rules for outer in levels_of(rules, rule.name)[:-1]}
-    return frozenset(pairs | {(outer, inner) for inner, outer in pairs})
+    for rule, outside in apart.items():
+        problems.add(rule, "within", f"it reaches nothing of what [{outside}] reaches: leave this key out")
 
 
 def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:

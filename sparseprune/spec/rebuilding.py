@@ -6,19 +6,25 @@ that prune.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparseprune.spec.bound import levels_of
 from sparseprune.spec.schema import BudgetTable, ReconstructTable, ScoreTable, Spec, SpecTable, Table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 AnyTable = TypeVar("AnyTable", bound=Table)
 OF_STATISTICS = ("wanda", "obd", "reap")  # kinds of scores that read what calibrate wrote
 _OTHERWISE = {"method": "none"}
+_METHODS = ("none", "refit", "admm")  # each does less than the next one
+Way = tuple[ReconstructTable, str]
+"""How a rule is rebuilt, and a line where that is not as it was asked for."""
 
 
 class Rebuilding(Struct, frozen=True):
@@ -47,14 +53,37 @@ def rebuilt(spec: Spec, asked: Rebuilding) -> tuple[Spec, dict[str, str]]:
     spec = replace(spec, score=_with_statistics(spec.score, asked))
     tables, told = dict(spec.tables), {}
     coupled = spec.coupled_scopes()
-    for place, table in spec.tables.items():
-        if isinstance(table, BudgetTable) and place not in coupled:
-            own, why = _rebuilding(table, spec, asked)
-            score = _with_statistics(table.score, asked)
-            tables[place] = _changed(table, reconstruct=own, score=score)
-            if why:
-                told[place] = why
+    outermost = {
+        place: table
+        for place, table in spec.tables.items()
+        if isinstance(table, BudgetTable) and place not in coupled
+    }
+    ways = {place: _rebuilding(table, spec, asked) for place, table in outermost.items()}
+    for place, (own, why) in _alike(ways, spec.nested()).items():
+        score = _with_statistics(outermost[place].score, asked)
+        tables[place] = _changed(outermost[place], reconstruct=own, score=score)
+        if why:
+            told[place] = why
     return replace(spec, tables=tables, reconstruct=None), told
+
+
+def _alike(ways: Mapping[str, Way], nested: Mapping[str, str]) -> dict[str, Way]:
+    """The ways of rules by place, with one method for those that are nested, which are rebuilt at once."""
+    nests: defaultdict[str, list[str]] = defaultdict(list)
+    for place in ways:
+        nests[levels_of(place, nested)[0]].append(place)
+    found = dict(ways)
+    for places in nests.values():
+        least = min(places, key=lambda place: _METHODS.index(ways[place][0].method))
+        method = ways[least][0].method
+        for place in places:
+            own, why = ways[place]
+            if own.method != method:
+                what = "is not rebuilt" if method == "none" else "is refitted"
+                why = f"{what}: it is nested with {least}, which {'is not' if method == 'none' else 'is'}"
+                own = _changed(own, method=method)
+            found[place] = own, why
+    return found
 
 
 def _with_usual(spec: Spec, usual: Path | None) -> Spec:
@@ -72,8 +101,7 @@ def _found(own: ReconstructTable | None, spec: Spec, usual: Path | None) -> Reco
     return own if own.method == "none" and own.file is None else _changed(own, file=str(usual))
 
 
-def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> tuple[ReconstructTable, str]:
-    """How a rule is rebuilt, and a line where that is not as it was asked for."""
+def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> Way:
     own = table.reconstruct or spec.reconstruct
     if asked.method == "none" or (own is not None and own.method == "none"):
         file = asked.file or (own.file if own else None)  # by which instances may share a budget

@@ -599,6 +599,11 @@ class Spec(Struct, frozen=True):
         coupling = f"scope_coupling.{name}"
         return coupling if coupling in self.tables else f"scope.{name}"
 
+    def nested(self) -> dict[str, str]:
+        """For every rule that is within another one, the place of that one, by place."""
+        found = {place: self.outer(place) for place in self.tables}
+        return {place: outer for place, outer in found.items() if outer is not None}
+
     def coupled_scopes(self) -> dict[str, str]:
         """For every scope that is a member of a scope coupling, the (last) one that names it, by place."""
         couplings = [place for place, table in self.tables.items() if isinstance(table, ScopeCouplingTable)]

@@ -315,6 +315,11 @@ KINDS_OF_PROBLEMS: dict[str, tuple[str, str, str]] = {
         "shape = []\nnnz = 1\n[scope_c",
         "[scope.q] nnz: this scope is a",
     ),
+    "unknown outer scope": (
+        "# proj",
+        '+within = "mlpp"',
+        '[scope.proj] within: there is no [scope] or [scope_coupling] "mlpp"; did you mean "mlp"?',
+    ),
     "unknown key of a coupling": ("# all", "+colour = 1", "[scope_coupling.all] colour: unknown key"),
     "unknown scope": ('"q"]', '"q", "quer"]', "[scope_coupling.all] scopes: there is no [scope.quer]"),
 }
@@ -350,7 +355,7 @@ def test_one_problem_of_every_kind_makes_one_line_of_each() -> None:
     lines = problems_of(*kinds)
     for kind in kinds:
         assert sum(line.startswith(f"spec.toml: {KINDS_OF_PROBLEMS[kind][2]}") for line in lines) == 1, kind
-    assert len(lines) == len(kinds) == 30
+    assert len(lines) == len(kinds) == 31
 
 
 BORROWED = """
