@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.engine.grids import surviving
-from sparseprune.execution import passes, tiles, torch_tiles, two_pass
+from sparseprune.execution import passes, tiles, torch_tiles
 from tests import oracle
 from tests.cli.test_within import (
     SHAPES,
@@ -243,7 +243,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
         return cut(*given)
 
-    for module in (tiles, torch_tiles, two_pass):
+    for module in (tiles, torch_tiles):
         monkeypatch.setattr(module, "finish", killed)
     codes = []
     for _ in range(8):
