@@ -17,7 +17,7 @@ from sparseprune.engine import grids
 from sparseprune.errors import SparsityError
 
 if TYPE_CHECKING:
-    from sparseprune.engine.block import Values
+    from sparseprune.engine.block import BlockSpec, Values
     from sparseprune.engine.scope import SparseScope
 
 Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -73,13 +73,24 @@ class ScopeProjection(Struct, frozen=True, eq=False):
 class Level(Struct, frozen=True, eq=False):
     """One of several nested scopes: in each of its scopes `nnz` of the blocks survive that are left.
 
-    Or all but the share `sparsity` of these, rounded up to a multiple of `multiple_of`.
+    Or all but the share `sparsity` of these, rounded up to a multiple of `multiple_of`. Blocks that are
+    `silent`, as members of fused ones, count nothing in norms.
     """
 
     scope: SparseScope
     nnz: int | None = None
     sparsity: float | None = None
     multiple_of: int = 1
+    silent: tuple[BlockSpec, ...] = ()
+
+    def values(self, given: Values = None) -> Values:
+        """What ranks the blocks in place of the weights: what is given, zeros for those without a say."""
+        if not self.silent:
+            return given
+        values = {block: block.view.data for block in self.scope.blocks()}
+        if given is not None and not isinstance(given, Tensor):
+            values |= given
+        return values | {block: torch.zeros_like(block.view.data) for block in self.silent}
 
     def budget(self, among: Values) -> int | Tensor:
         """How many blocks survive in each scope where `among` marks the elements that are left."""
@@ -121,7 +132,7 @@ def nested_masks(
             )
             for block in level.scope.blocks()
         }
-        own = None if values is None else values[number]
+        own = level.values(None if values is None else values[number])
         found = level.scope.masks_among(among, level.budget(among), own)
         for block, mask in found.items():
             among[block].copy_(mask)

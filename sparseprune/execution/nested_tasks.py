@@ -65,7 +65,10 @@ def decide(tasks: Sequence[Task], io: TensorIO) -> Kept:
 
 
 def project_onto(tasks: Sequence[Task], params: Mapping[str, Tensor]) -> NestedProjection:
-    """One projection for all tasks, over contiguous tensors; fused blocks have the members among these."""
+    """One projection for all tasks, over contiguous tensors; fused blocks have the members among these.
+
+    Those that are not rebuilt for a task, as its blocks hold whole rows of them, have no say in it.
+    """
     levels = []
     for task in tasks:
         budget = task.instance.budget
@@ -76,7 +79,10 @@ def project_onto(tasks: Sequence[Task], params: Mapping[str, Tensor]) -> NestedP
         }
         scope = build_scope(only(task.instance.scope, frozenset(views)), views)
         nnz = budget.nnz if budget.share is None else None
-        levels.append(Level(scope, nnz, budget.share, budget.multiple_of))
+        blocks = dict(zip(views, scope.blocks(), strict=True))
+        told = task.with_role("moment").keys() or params.keys()
+        silent = tuple([block for leaf, block in blocks.items() if leaf.tensor not in told])
+        levels.append(Level(scope, nnz, budget.share, budget.multiple_of, silent))
     return nested_projection(levels, list(params.values()))
 
 
@@ -93,13 +99,11 @@ def follow(tasks: Sequence[Task], kept: Kept, known: Collection[str]) -> None:
 def blocks_left(task: Task, kept: Kept, known: Collection[str]) -> dict[BoundBlock, Tensor]:
     """Masks by leaf of the blocks of which masks of `known` tensors keep an element."""
     scope = task.instance.scope
-    views = {
-        leaf: View(kept[leaf.tensor], leaf.view_shape, leaf.view_stride, leaf.view_offset)
-        for leaf in scope.leaves
-    }
-    engine = build_scope(scope, views)
+    views = {leaf: seen(kept[leaf.tensor], leaf) for leaf in scope.leaves}
+    # The engine has no blocks of bools, and looks at nothing but their shapes here.
+    engine = build_scope(scope, {leaf: mask.view(torch.int8) for leaf, mask in views.items()})
     among = {
-        spec: spec.view.data if leaf.tensor in known else torch.zeros_like(spec.view.data)
+        spec: views[leaf] if leaf.tensor in known else torch.zeros_like(views[leaf])
         for spec, leaf in zip(engine.blocks(), scope.leaves, strict=True)
     }
     masks = engine.get_masks(0, block_mask=engine.left(among))
