@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.checkpoint.statistics import ROUTING
 from sparseprune.engine.grids import prod
@@ -93,9 +94,18 @@ class Ranking:
     def elements(self, loaded: Loaded) -> Elements | None:
         """What the elements of a region count in place of their patterns; None where these count.
 
+        What an earlier mask drops counts nothing.
+
         Raises:
             SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
         """
+        elements, kept = self._elements(loaded), loaded.kept_view
+        if elements is None or kept is None:
+            return elements
+        zero = elements.bits.dtype.type(0)
+        return replace(elements, bits=np.where(kept.view(np.bool_), elements.bits, zero))
+
+    def _elements(self, loaded: Loaded) -> Elements | None:
         kind = self._kind
         if kind.ranks_blocks or self._task.ranks_patterns:
             return None

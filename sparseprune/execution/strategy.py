@@ -34,6 +34,7 @@ from sparseprune.execution.regions import (
     whole_part,
 )
 from sparseprune.spec import BoundBlock, BoundScope
+from sparseprune.spec.bound import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,10 +48,12 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _SHRUNK = frozenset({"F64", "F32", "BF16"})  # whose elements compiled loops shrink
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 _SCORE_BYTES = 48  # that a block costs while its score is kept: norms, keys, positions, decisions
+_RANK_BYTES = 16  # that it costs more within masks: whether something is left of it, its rank
 _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
 _SUMMED_BYTES = 64  # that each of them costs where scores are made of files: several copies
 _PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
 _LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, the decision
+_KEPT_BYTES = 4  # that it costs within masks: what they keep, packed and not, in two orders
 _LIMIT_BYTES = 40  # that a scope costs, of one element at least, while its soft threshold is made
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
@@ -69,7 +72,7 @@ class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
     Or those that reach `threshold`, if it is given. With `k_weight` single elements shrink by the
-    threshold, or by `kth_mid` of the engine.
+    threshold, or by `kth_mid` of the engine. `budget` is that of the rule, for scopes within masks.
     """
 
     extent: Shape
@@ -80,6 +83,7 @@ class Selection(Struct, frozen=True):
     rms: bool
     prunes_nonfinite: bool = False
     k_weight: float | None = None  # of a soft threshold
+    budget: Budget = Budget()
 
     @property
     def block(self) -> int:
@@ -219,9 +223,9 @@ def _allows_loops(task: Task) -> bool:
     if instance.score.nonfinite == "prune":
         # What is not finite is below every threshold, but for negative ones.
         alone = (instance.budget.threshold or 0.0) >= 0
-        if not (alone and task.ranks_patterns and task.codes is None):
+        if not (alone and task.ranks_patterns and task.codes is None) or task.within:
             return False
-    return instance.reconstruct is None and not task.within
+    return instance.reconstruct is None
 
 
 def _shrinks_by_loops(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -277,16 +281,17 @@ def _is_too_large(scope_bytes: int, memory: int, limits: Limits) -> bool:
 
 def _selection_of(task: Task, scope: BoundScope) -> Selection:
     """How the scopes of one leaf decide; where all or none survive no block competes."""
-    nnz, threshold = task.instance.budget.nnz, task.instance.budget.threshold
+    budget, score, soft = task.instance.budget, task.instance.score, task.instance.soft
+    nnz, threshold = budget.nnz, budget.threshold
     blocks = scope.blocks_per_scope
-    score = task.instance.score
     (leaf,) = scope.leaves
-    soft = task.instance.soft
-    if threshold is not None or (nnz in (0, blocks) and soft is None):
+    decided = nnz == 0 or (nnz == blocks and not (task.within and budget.share))
+    if threshold is not None or (decided and soft is None):
         nnz, blocks = (0 if nnz == 0 else 1), 1
     extent = leaf.shape or (1,)
     prunes, k_weight = score.nonfinite == "prune", None if soft is None else soft.k_weight
-    return Selection(extent, blocks, nnz or 0, threshold, score.norm, score.normalize, prunes, k_weight)
+    plain = (extent, blocks, nnz or 0, threshold, score.norm, score.normalize, prunes, k_weight)
+    return Selection(*plain, budget=budget)
 
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
@@ -294,6 +299,7 @@ def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     scores = 0 if task.ranks_patterns and task.codes is None else 40
     scores += 0 if selection.k_weight is None or selection.threshold is not None else _LIMIT_BYTES
     scores += size if selection.prunes_nonfinite else 0
+    scores += size + _KEPT_BYTES if task.within else 0
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
@@ -337,8 +343,9 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     counted = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)  # one for each digit of 16 bits, one that cuts
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
-    prunes = task.instance.score.nonfinite == "prune"
-    each = (3 if prunes else 2) * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
+    ranks = task.within or task.instance.score.nonfinite == "prune"
+    each = (3 if ranks else 2) * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
+    each += _KEPT_BYTES if task.within else 0
     memory = min(slab, max(sizes)) * each + _COUNTER_BYTES
     counters = min(counted, sum(-(-each // slab) for each in sizes))
     return RadixSelect(memory, slab, counters * _COUNTER_BYTES, passes)
@@ -354,7 +361,8 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
     chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))
     sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves] if by_elements else []
     blocks = prod(scope.grid_shape) * scope.blocks_per_scope
-    held = _SCORE_BYTES * blocks + 8 * sum(sweep.numbers for sweep in sweeps if sweep is not None)
+    each_block = _SCORE_BYTES + (_RANK_BYTES if task.within else 0)
+    held = each_block * blocks + 8 * sum(sweep.numbers for sweep in sweeps if sweep is not None)
     if None in sweeps or held > limits.held:
         return None
     scaled = by_elements and needs_scaling(task, tensors)
@@ -365,6 +373,7 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
         inner = sweep is not None and is_row_major_run(leaf) and (leaf.shape[-1] > 1 or sweep.inside)
         beside = _LOOPED_BYTES if looped and inner else _PLAIN_BYTES
         size = DTYPES[tensors[leaf.tensor].dtype].itemsize
+        beside += _KEPT_BYTES if task.within else 0
         each.append(size + beside if task.ranks_patterns and task.codes is None else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     passes = 1 + by_elements + scaled  # the cut, sums before it, maxima before these

@@ -19,8 +19,9 @@ from msgspec.structs import replace
 from sparseprune.checkpoint import read_kept
 from sparseprune.checkpoint.decoding import decoded, zero_patterns
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.counting import Tally, tally
+from sparseprune.engine.kernels.counting import Tally, any_in, tally
 from sparseprune.engine.kernels.formats import values_of
+from sparseprune.engine.kernels.selecting import drop
 from sparseprune.execution.devices import Lanes
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Loaded(Struct, frozen=True):
 
     Both share memory; so do `mask` (1 where an element is kept) and `mask_view`, once `masked` made them.
     `stored` is the tensor that was read. Of codes the patterns are those above `zeros`, in the order of the
-    storage, so that 0 is zero in every tensor; None where it is so in the file.
+    storage, so that 0 is zero in every tensor; None where it is so in the file. Where an earlier mask bounds
+    what may survive, `kept` has it, in the order of the storage, and what it drops is zero in `flat`.
     """
 
     region: Region
@@ -54,6 +56,12 @@ class Loaded(Struct, frozen=True):
     flat: Bits
     view: Bits
     zeros: Bits | None = None
+    kept: Mask | None = None
+
+    @property
+    def kept_view(self) -> Mask | None:
+        """`kept` as the leaf sees it."""
+        return None if self.kept is None else _as_view(self.kept, self.region)
 
     @property
     def dtype(self) -> str:
@@ -151,13 +159,29 @@ class TensorIO:
             return values_of(flat, stored.dtype).astype(np.float64, copy=False)
         return decoded(self.reader, stored, flat, [run])
 
-    def kept(self, mask: StoredMask, region: Region) -> NDArray[np.bool_]:
-        """What a mask of the leaf's tensor keeps of a region, as the leaf sees it."""
+    def inside(self, loaded: Loaded, masks: Sequence[StoredMask]) -> Loaded:
+        """The same elements, in the same memory, where a mask of their tensor bounds what may survive.
+
+        What it drops becomes zero; without a mask of their tensor they are as they were.
+        """
+        for mask in masks:
+            if mask.name == loaded.region.leaf.tensor:
+                kept = self.kept(mask, loaded.region)
+                drop(loaded.flat, kept)
+                return replace(loaded, kept=kept)
+        return loaded
+
+    def kept(self, mask: StoredMask, region: Region) -> Mask:
+        """What a mask of the leaf's tensor keeps of a region, in the order of the storage."""
         flat, done = np.empty(region.numel, dtype=np.uint8), 0
         for first, count in region.runs():
             flat[done : done + count] = read_kept(self.reader, mask, first, count)
             done += count
-        return _as_view(flat, region).view(np.bool_)
+        return flat
+
+    def kept_blocks(self, mask: StoredMask, region: Region) -> Mask:
+        """1 for each block of a region of which a mask keeps an element, on that part of the grid."""
+        return any_in(_as_view(self.kept(mask, region), region), region.leaf.shape)
 
     def load_alike(self, region: Region, leaves: Sequence[BoundBlock]) -> Bits:
         """The region of one leaf, and the same region of others that look alike: (leaves, *extent)."""

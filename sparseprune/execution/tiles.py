@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import Tally, first_nonfinite
+from sparseprune.engine.kernels.counting import Tally, any_in, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, drop, finite_ranks, select_keys
 from sparseprune.engine.kernels.shrinking import kth_mids, shrink_elements
@@ -32,6 +32,7 @@ from sparseprune.execution.regions import (
 )
 from sparseprune.execution.strategy import Contiguous
 from sparseprune.execution.tensor_io import pattern_of
+from sparseprune.execution.within import keep_among
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -126,9 +127,12 @@ class CutScopes(RegionPass):
 
     def cut(self, member: int, loaded: Loaded, io: TensorIO) -> Mask:
         task, selection = self.tasks[member], self.strategy.selection
+        loaded = io.inside(loaded, task.within)
         if isinstance(self.strategy, Contiguous):
-            return _cut_as_it_lies(loaded, selection, Ranking(task, io))
-        return _cut_in_order(loaded, task.instance.scope, selection, Ranking(task, io))
+            mask = _cut_as_it_lies(loaded, selection, Ranking(task, io))
+        else:
+            mask = _cut_in_order(loaded, task.instance.scope, selection, Ranking(task, io))
+        return mask if loaded.kept is None else mask & loaded.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ class CopyUntouched(Pass):
             mask = np.ones(run[1], dtype=np.uint8)
             before += found
             if self.within is not None:
-                mask = io.kept(self.within, loaded.region).view(np.uint8)
+                mask = io.kept(self.within, loaded.region)
                 drop(loaded.flat, mask)
                 dropped += mask.size - int(np.count_nonzero(mask))
                 found = io.tally(loaded)
@@ -193,7 +197,8 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
     elements = ranking.elements(loaded)
     if elements is not None:
         refuse_nonfinite(loaded, elements)
-        cut_blocks(bits, _keep_by_scores(elements.magnitudes().reshape(-1), selection), 1, mask)
+        magnitudes = elements.magnitudes().reshape(-1)
+        cut_blocks(bits, _keep_by_scores(magnitudes, selection, loaded.kept), 1, mask)
         return mask
     if form is None:
         raise TypeError(f"{loaded.dtype} has no compiled loops")
@@ -207,25 +212,29 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
     elif selection.threshold is not None and selection.block == 1:
         cut_below(bits, form, form.limit(selection.threshold), mask)
     else:
-        cut_blocks(bits, _keep_by_patterns(bits, form, selection), selection.block, mask)
+        cut_blocks(bits, _keep_by_patterns(bits, form, selection, loaded.kept), selection.block, mask)
     return mask
 
 
 def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking: Ranking) -> Mask:
     """Scopes that do not lie together: a copy in their order is decided, the elements are cut in place."""
-    elements = ranking.elements(loaded)
+    elements, kept = ranking.elements(loaded), loaded.kept_view
     if not selection.prunes_nonfinite:
         refuse_nonfinite(loaded, elements)
+    if kept is not None:
+        kept = np.ascontiguousarray(_in_scopes(kept, scope)).reshape(-1)
     if elements is not None:
         magnitudes = np.ascontiguousarray(_in_scopes(elements.magnitudes(), scope))
-        keep = _keep_by_scores(magnitudes.reshape(-1), selection)
+        keep = _keep_by_scores(magnitudes.reshape(-1), selection, kept)
     else:
         ordered: Bits = np.ascontiguousarray(_in_scopes(loaded.view, scope)).reshape(-1)
         form = FORMATS[loaded.dtype]
         if selection.k_weight is not None:
             return _shrunk_in_order(loaded, scope, ordered, selection)
-        rescues = selection.prunes_nonfinite and first_nonfinite(ordered, form) >= 0
-        keep = (_keep_finite if rescues else _keep_by_patterns)(ordered, form, selection)
+        if selection.prunes_nonfinite and first_nonfinite(ordered, form) >= 0:
+            keep = _keep_finite(ordered, form, selection)
+        else:
+            keep = _keep_by_patterns(ordered, form, selection, kept)
     mask, mask_view = loaded.masked()
     rank = len(loaded.region.extent)
     spread = _in_scopes(mask_view, scope)
@@ -287,24 +296,33 @@ def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:
     return view.reshape(split).transpose(order)
 
 
-def _keep_by_patterns(bits: Bits, form: Format, selection: Selection) -> Mask:
-    """Bytes, one a block: 1 for those that survive. `bits` are flat, scope after scope, block after block."""
+def _keep_by_patterns(bits: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
+    """Bytes, one a block: 1 for those that survive. `bits` are flat, scope after scope, block after block.
+
+    So is what an earlier mask keeps of them, if there is one.
+    """
     if selection.block == 1:
-        return _keep(bits, form, selection)
-    return _keep_by_scores(_norms(bits, form, selection), selection)
+        return _keep(bits, form, selection, kept)
+    left = None if kept is None else any_in(kept.reshape(-1, selection.block), (1, selection.block))
+    return _keep_by_scores(_norms(bits, form, selection), selection, left)
 
 
-def _keep_by_scores(scores: Floats, selection: Selection) -> Mask:
+def _keep_by_scores(scores: Floats, selection: Selection, left: Mask | None) -> Mask:
     """The decision over scores of blocks that are not negative, flat, scope after scope."""
-    return _keep(scores.view(np.uint64), FORMATS["F64"], selection)
+    return _keep(scores.view(np.uint64), FORMATS["F64"], selection, left)
 
 
-def _keep(bits: Bits, form: Format, selection: Selection) -> Mask:
-    """The decision by the magnitudes of numbers, one a block, flat, scope after scope."""
+def _keep(bits: Bits, form: Format, selection: Selection, left: Mask | None) -> Mask:
+    """The decision by the magnitudes of numbers, one a block, flat, scope after scope.
+
+    Where `left` has 0, an earlier mask keeps nothing of a block.
+    """
     if selection.threshold is not None:
         magnitudes = bits & bits.dtype.type(form.magnitude)
         reaches: Mask = (magnitudes >= form.limit(selection.threshold)).view(np.uint8)
         return reaches
+    if left is not None and selection.blocks > 1:
+        return keep_among(bits, form.magnitude, selection.blocks, selection.budget, left.reshape(-1))
     keep = np.empty(bits.size, dtype=np.uint8)
     select_keys(bits, form.magnitude, selection.blocks, selection.nnz, keep)
     return keep

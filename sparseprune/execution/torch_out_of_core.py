@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import mul
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass
 from sparseprune.execution.regions import Part, block_part, members_of, regions_of, tiles
 from sparseprune.execution.torch_tiles import Tile, halves, read_parts
 from sparseprune.execution.two_pass import digit_of
+from sparseprune.execution.within import CountLeft, Search, has_share
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class _OutOfCore(Pass):
 
 
 @dataclass(frozen=True, slots=True)
-class SearchRank(_OutOfCore):
+class SearchRank(_OutOfCore, Search):
     """The `k`-th largest rank of a scope among those that agree with `prefix` in all digits above `level`.
 
     Each level counts a digit; with `collect` the ranks that are left are collected instead. `kth` is the norm
@@ -208,6 +209,9 @@ class SearchRank(_OutOfCore):
             return CutPlaces(self.task, self.strategy, decisions)
         return out_of_core(self.task, self.strategy, decisions)
 
+    def among(self, nnz: int) -> Self:
+        return dataclasses.replace(self, k=nnz)
+
     def _levels(self, io: TensorIO) -> list[tuple[int, int]]:
         """The part of the rank, key or countdown, and the first bit of each digit, most significant first."""
         parts = (self.width(io) or 64, self.blocks.bit_length())
@@ -219,7 +223,7 @@ class SearchRank(_OutOfCore):
         """Whether there is something to search for."""
         if self.task.instance.soft is not None:
             return 1 <= self.k <= self.blocks
-        return self.task.instance.budget.nnz not in {0, self.blocks}
+        return self.k not in {0, self.blocks}
 
     def _found(self, rank: tuple[int, int], io: TensorIO) -> Pass | Decision:
         """The rank of the last block that survives, [] for none, "all" for all; or the soft threshold."""
@@ -227,7 +231,7 @@ class SearchRank(_OutOfCore):
         passed = (self.strategy.passes - 1) * self.task.nbytes(io.tensors)
         passed //= prod(self.task.instance.scope.grid_shape)
         if soft is None:
-            return Decision(list(rank) if self._is_open() else ["all"] if nnz else [], passed)
+            return Decision(list(rank) if self._is_open() else ["all"] if self.k else [], passed)
         norm = float(np.array([rank[0] ^ _SIGN], dtype=np.uint64).view(np.float64)[0])
         if not self._is_open():  # infinity before the first, 0 behind the last
             norm = 0.0 if self.k else float("inf")
@@ -289,7 +293,10 @@ def out_of_core(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...]
     nnz = task.instance.budget.nnz
     if nnz is None:
         raise TypeError(f"{task.instance.label}: a threshold decides every block alone")
-    return _search(task, strategy, decisions, nnz)
+    search = _search(task, strategy, decisions, nnz)
+    if has_share(task):
+        return CountLeft(task, len(decisions), strategy.elements, strategy.memory, search)
+    return search
 
 
 def _search(

@@ -19,6 +19,7 @@ from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpe
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.grids import inverse_order, permute
+from sparseprune.engine.projections import surviving_each
 from sparseprune.engine.selection import select
 from sparseprune.execution.devices import buffers_for, downloaded, in_smaller_parts, uploaded
 from sparseprune.execution.passes import Chunk, Outcome, Pass, finish
@@ -55,14 +56,13 @@ if TYPE_CHECKING:
 class Read(Struct, frozen=True):
     """The elements of some blocks of a task as they were read, leaf by leaf, and counts of them, in memory.
 
-    Leaves have the order of the engine's blocks. `within` has what the masks of an earlier step keep, as the
-    leaves see it, of those that have one; what they drop was put to zero once it was counted.
+    Leaves have the order of the engine's blocks. What masks of an earlier step drop was put to zero once it
+    was counted.
     """
 
     rule: str
     loaded: Mapping[BoundBlock, Loaded]
     before: Mapping[BoundBlock, Tally]
-    within: Mapping[BoundBlock, NDArray[np.bool_]] = {}
 
     def kept(self, masks: Mapping[BoundBlock, Mask], io: TensorIO) -> list[float]:
         """The energies of what survives, leaf by leaf, before the elements are changed."""
@@ -89,13 +89,8 @@ def read_parts(
     regions = [region for block, part in parts for region in regions_of(block, part).values()]
     loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
     before = {leaf: io.tally(one) for leaf, one in loaded.items()} if counts else {}
-    masks = {mask.name: mask for mask in task.within}
-    within = {
-        leaf: io.kept(masks[leaf.tensor], one.region) for leaf, one in loaded.items() if leaf.tensor in masks
-    }
-    for leaf, kept in within.items():
-        np.copyto(loaded[leaf].view, 0, where=~kept)
-    return Read(task.rule, loaded, before, within)
+    inside = {leaf: io.inside(one, task.within) for leaf, one in loaded.items()}
+    return Read(task.rule, inside, before)
 
 
 class Tile:
@@ -137,7 +132,7 @@ class Tile:
         """
         values = {}
         for spec, one in self.leaves():
-            elements = self._elements(one)
+            elements = self.ranking.elements(one)
             refuse_nonfinite(one, elements)
             if elements is not None:
                 values[spec] = tensor_of(elements, self._io.device)
@@ -163,13 +158,17 @@ class Tile:
         keys = self.engine.keys(*self.ranked(), as_norms=as_norms)
         if not self._within or self.task.instance.soft is not None:
             return keys
+        return keys.masked_fill(~self._left(), torch.iinfo(keys.dtype).min)
+
+    def _left(self) -> Tensor:
+        """The blocks, by scope, of which the masks of an earlier step keep an element."""
         kept = {
             spec: self._within.get(
                 spec, torch.ones(one.region.extent, dtype=torch.bool, device=self._io.device)
             )
             for spec, one in self.leaves()
         }
-        return keys.masked_fill(~self.engine.left(kept), torch.iinfo(keys.dtype).min)
+        return self.engine.left(kept)
 
     def decide(self) -> dict[BlockSpec, Tensor]:
         """The masks of hard thresholding, True where a weight is kept; nothing is written."""
@@ -178,7 +177,10 @@ class Tile:
             return self.allowed(self.engine.threshold_masks(budget.threshold or 0.0, *self.ranked()))
         if not self._within:
             return self.engine.get_masks(budget.nnz, *self.ranked())
-        return self.allowed(self.engine.get_masks(0, block_mask=select(self.keys(), budget.nnz)))
+        nnz: int | Tensor = budget.nnz
+        if budget.share is not None:
+            nnz = surviving_each(budget.share, self._left().sum(-1), budget.multiple_of)
+        return self.allowed(self.engine.get_masks(0, block_mask=select(self.keys(), nnz)))
 
     def allowed(self, masks: dict[BlockSpec, Tensor]) -> dict[BlockSpec, Tensor]:
         """Masks without what the masks of an earlier step drop."""
@@ -187,11 +189,10 @@ class Tile:
 
     def _allowed(self) -> dict[BlockSpec, Tensor]:
         """What the masks of an earlier step keep, of blocks that have one: bool, as the leaves see them."""
-        within = self._read.within
         return {
-            spec: uploaded(np.ascontiguousarray(within[one.region.leaf]), self._io.device)
+            spec: uploaded(np.ascontiguousarray(kept).view(np.bool_), self._io.device)
             for spec, one in self.leaves()
-            if one.region.leaf in within
+            if (kept := one.kept_view) is not None
         }
 
     def shrink(self, soft: Soft, limits: Tensor | float) -> dict[BlockSpec, Tensor]:
@@ -227,19 +228,12 @@ class Tile:
         """Write the elements and their masks (bool, as the leaves see them); gives the outcomes."""
         return self._read.store(self.fetched(masks), self._io)
 
-    def _elements(self, one: Loaded) -> Elements | None:
-        """What ranks the elements in place of the weights; what an earlier mask drops counts nothing."""
-        elements, kept = self.ranking.elements(one), self._read.within.get(one.region.leaf)
-        if elements is None or kept is None:
-            return elements
-        return replace(elements, bits=np.where(kept, elements.bits, elements.bits.dtype.type(0)))
-
     def _rescued_scores(self) -> Tensor:
         """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
         values, without_rank = {}, {}
         for spec, one in self.leaves():
             weights = Elements(one.view, one.dtype)
-            elements = self._elements(one) or weights
+            elements = self.ranking.elements(one) or weights
             wrong = elements.without_rank() | weights.without_rank()
             finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
             values[spec] = tensor_of(finite, self._io.device)

@@ -11,20 +11,21 @@ import math
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from sparseprune.engine.grids import interleaved, inverse_order, prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal
 from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, finite_ranks, select_keys
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, finite_ranks, ranks_among, select_keys
 from sparseprune.engine.kernels.shrinking import mid_of, shrink_elements
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite, refuse_nonfinite_bits
 from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
 from sparseprune.execution.tiles import RegionPass, region_chunks
+from sparseprune.execution.within import CountLeft, Search, has_share, keep_among, left_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -192,6 +193,7 @@ def by_leaf(scope: AnyScope, keep: NDArray[Any]) -> dict[BoundBlock, NDArray[Any
 
 
 _MOST_EXPONENT = 1000
+_ALL_BITS = (1 << 64) - 1
 
 
 # -- radix select ------------------------------------------------------------------------------------
@@ -224,12 +226,22 @@ class _Keys(Pass):
                     yield before + begin, Region(leaf, (scope * size + begin,), (extent,))
             before, done = before + size, done + count
 
+    def load(self, region: Region, io: TensorIO) -> Loaded:
+        """Elements of a scope, zero where an earlier mask drops them."""
+        return io.inside(io.load(region), self.task.within)
+
     def ranks(self, loaded: Loaded, form: Format) -> Bits:
-        """The patterns that are counted: the weights' own, unless what is not finite has a rank."""
+        """The patterns that are counted: the weights' own, unless what is not finite has a rank.
+
+        Within masks they are one higher, so that 0 is for what these drop.
+        """
         if self.task.instance.score.nonfinite == "prune":
             return finite_ranks(loaded.flat, form)
         refuse_nonfinite_bits(loaded, form)
-        return loaded.flat
+        if not self.task.within or self.task.instance.soft is not None:
+            return loaded.flat
+        kept = np.ones(loaded.flat.size, dtype=np.uint8) if loaded.kept is None else loaded.kept
+        return ranks_among(loaded.flat, form.magnitude, kept)
 
     @property
     def slab_count(self) -> int:
@@ -239,7 +251,7 @@ class _Keys(Pass):
 
 
 @dataclass(frozen=True, slots=True)
-class _Search(_Keys):
+class _Search(_Keys, Search):
     """The search for the cut of the next scope: `places` are left for keys that begin with `prefix`."""
 
     prefix: int
@@ -249,6 +261,9 @@ class _Search(_Keys):
     @property
     def decides(self) -> str:
         return f"cut {len(self.cuts)}"
+
+    def among(self, nnz: int) -> Self:
+        return dataclasses.replace(self, places=nnz)
 
     def decision(self, ties: int, io: TensorIO) -> Decision:
         """The decision on the scope, once all digits and the end of the ties are known."""
@@ -284,7 +299,7 @@ class CountKeys(_Search):
         counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
         form = self._format(io)
         for _, region in self.slabs(len(self.cuts), chunk.about):
-            loaded = io.load(region)
+            loaded = self.load(region, io)
             count_digits(self.ranks(loaded, form), form, self.prefix, self.shift, counts)
             io.passed(loaded.flat.nbytes, self.task.part)
         return counts
@@ -341,7 +356,7 @@ class FindTie(_Search):
         """How many elements of the scope there are up to that one, itself among them."""
         places, form = self.places, self._format(io)
         for before, region in self.slabs(len(self.cuts), chunk.about):
-            bits = self.ranks(io.load(region), form)
+            bits = self.ranks(self.load(region, io), form)
             count = count_equal(bits, form, self.prefix)
             if count >= places:
                 equal = np.flatnonzero((bits & bits.dtype.type(form.magnitude)) == self.prefix)
@@ -368,7 +383,12 @@ class CutKeys(_Keys, RegionPass):
     def rule(self, member: tuple[int, int]) -> str:  # noqa: ARG002
         return self.task.rule
 
-    def cut(self, member: tuple[int, int], loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
+    def cut(self, member: tuple[int, int], loaded: Loaded, io: TensorIO) -> Mask:
+        inside = io.inside(loaded, self.task.within)
+        mask = self._cut_at(member, inside)
+        return mask if inside.kept is None else mask & inside.kept
+
+    def _cut_at(self, member: tuple[int, int], loaded: Loaded) -> Mask:
         """Ties are above the limit up to the last one that survives, below it from there on."""
         kth, ties = self.cuts[member[0]]
         bits, form, soft = loaded.flat, FORMATS[loaded.dtype], self.task.instance.soft
@@ -378,20 +398,25 @@ class CutKeys(_Keys, RegionPass):
             shrink_elements(bits, form, mid_of(first, following, soft.k_weight), mask)
             return mask
         split = min(max(ties - member[1], 0), bits.size)
-        ranks = self.ranks(loaded, form)
-        if ranks is not bits:
+        if self.task.instance.score.nonfinite == "prune":
+            ranks = self.ranks(loaded, form)
             keep = np.concatenate([ranks[:split] >= kth, ranks[split:] > kth]).view(np.uint8)
             cut_blocks(bits, keep, 1, mask)
             return mask
-        cut_below(bits[:split], form, kth, mask[:split])
-        cut_below(bits[split:], form, kth + 1, mask[split:])
+        refuse_nonfinite_bits(loaded, form)
+        limit = kth - 1 if self.task.within else kth  # a rank within masks is one above the key
+        cut_below(bits[:split], form, max(limit, 0), mask[:split])
+        cut_below(bits[split:], form, limit + 1, mask[split:])
         return mask
 
 
 def radix_select(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...] = ()) -> Pass:
     """The first pass over single elements in scopes up to a whole model; `cuts` decide the first scopes."""
     shift = DIGIT_BITS * (strategy.passes - 2)
-    return CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, shift)
+    search = CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, shift)
+    if has_share(task):
+        return CountLeft(task, len(cuts), strategy.elements, strategy.memory, search)
+    return search
 
 
 def digit_of(counts: Counts, k: int) -> tuple[int, int]:
@@ -431,32 +456,38 @@ class ReduceBlocks(Pass):
         ranking = Ranking(self.task, io)
         if self.kind == "ready":
             blocks = [member.block for member, _ in members_of(self.task.instance.scope)]
-            return [ranking.block_scores(block, whole_part(block.grid_shape)) for block in blocks]
+            scores = [ranking.block_scores(block, whole_part(block.grid_shape)) for block in blocks]
+            leaves = self.task.instance.scope.leaves if self.task.within else ()
+            return scores, [left_in(self.task, leaf, self.strategy.elements, io) for leaf in leaves]
         sweep = _sweep(self.task.instance.scope.leaves[chunk.about], self.strategy)
         exponents = self.exponents[chunk.about] if self.exponents else None
         found = LeafMaxima(sweep) if self.kind == "maxima" else LeafSums(sweep, int(ranking.norm), exponents)
         for region in sweep.regions():
-            loaded = io.load(region)
+            loaded = io.inside(io.load(region), self.task.within)
             elements = ranking.elements(loaded)
             if not ranking.prunes_nonfinite:
                 refuse_nonfinite(loaded, elements)
             found.add(loaded, elements)
             io.passed(loaded.flat.nbytes, sweep.leaf.tensor)
-        return found.result()
+        left = left_in(self.task, sweep.leaf, sweep.elements, io) if self.task.within else None
+        return found.result(), left
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:
         scope = self.task.instance.scope
         ranking = Ranking(self.task, io)
         if self.kind == "ready":
-            return self._decision(partials[0], io)
+            ((scores, left),) = partials
+            return self._decision(scores, left, io)
         blocks = [member.block for member, _ in members_of(scope)]
-        found = dict(zip(scope.leaves, partials, strict=True))
+        numbers, left = zip(*partials, strict=True)
+        found = dict(zip(scope.leaves, numbers, strict=True))
         if self.kind == "sums":
             exponents = dict(zip(scope.leaves, self.exponents, strict=False))
-            return self._decision([_norms(one, found, exponents, int(ranking.norm)) for one in blocks], io)
-        tops = [_largest(block, found) for block in blocks]
+            norms = [_norms(one, found, exponents, int(ranking.norm)) for one in blocks]
+            return self._decision(norms, left, io)
+        tops = [_fused(block, found, np.maximum) for block in blocks]
         if math.isinf(ranking.norm):
-            return self._decision(tops, io)
+            return self._decision(tops, left, io)
         exponents = {
             leaf: _exponents(top).transpose(inverse_order(order))
             for top, block in zip(tops, blocks, strict=True)
@@ -476,8 +507,11 @@ class ReduceBlocks(Pass):
         keep = by_leaf(scope, value)
         return CutBlocks(self.task, self.strategy, tuple(keep[leaf] for leaf in scope.leaves))
 
-    def _decision(self, scores: Sequence[Floats], io: TensorIO) -> Decision:
-        """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
+    def _decision(self, scores: Sequence[Floats], left: Sequence[Mask], io: TensorIO) -> Decision:
+        """Bytes, scope after scope in the order of ties: 1 for the blocks that survive.
+
+        `left` has, within masks, for each leaf the blocks of which an earlier mask keeps something.
+        """
         budget, scope = self.task.instance.budget, self.task.instance.scope
         if self.task.instance.score.normalize and self.kind != "ready":
             sizes = [member.block.numel_per_block for member, _ in members_of(scope)]
@@ -485,6 +519,7 @@ class ReduceBlocks(Pass):
         ordered = by_scope(scope, scores).reshape(-1)
         if self.task.instance.score.nonfinite == "prune":
             ordered = np.where(np.isfinite(ordered), ordered, -1.0)  # below all others
+        among = self._left(left) if self.task.within else None
         if budget.nnz is None:
             keep: Mask = (ordered >= (budget.threshold or 0.0)).view(np.uint8)
         else:
@@ -492,8 +527,19 @@ class ReduceBlocks(Pass):
             bits = (ordered + 0.0).view(np.uint64)
             keys = np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(1 << 63))
             keep = np.empty(keys.size, dtype=np.uint8)
-            select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
+            if among is None:
+                select_keys(keys, _ALL_BITS, scope.blocks_per_scope, budget.nnz, keep)
+            else:
+                keep = keep_among(keys, _ALL_BITS, scope.blocks_per_scope, budget, among)
+        keep = keep if among is None else keep & among
         return Decision(keep, (self.strategy.passes - 1) * self.task.nbytes(io.tensors))
+
+    def _left(self, left: Sequence[Mask]) -> Mask:
+        """1 for each block, scope after scope, of which masks keep something in one of its leaves."""
+        scope = self.task.instance.scope
+        found = dict(zip(scope.leaves, left, strict=True))
+        fused = [_fused(member.block, found, np.bitwise_or) for member, _ in members_of(scope)]
+        return by_scope(scope, fused).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -531,9 +577,12 @@ class CutBlocks(RegionPass):
     def rule(self, member: int) -> str:  # noqa: ARG002
         return self.task.rule
 
-    def cut(self, member: int, loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
+    def cut(self, member: int, loaded: Loaded, io: TensorIO) -> Mask:
         mask, mask_view = loaded.masked()
         mask_view[...] = _spread(self.keep[member], loaded.region)
+        kept = io.inside(loaded, self.task.within).kept
+        if kept is not None:
+            mask &= kept
         cut_blocks(loaded.flat, mask, 1, mask)
         return mask
 
@@ -568,10 +617,10 @@ def _sweep(leaf: BoundBlock, strategy: BlockNorms) -> Sweep:
     return sweep
 
 
-def _largest(block: AnyBlock, maxima: Mapping[BoundBlock, Floats]) -> Floats:
-    tops = [maxima[leaf].transpose(order) for leaf, order in leaves_of(block)]
-    largest: Floats = np.maximum.reduce(tops)
-    return largest
+def _fused(block: AnyBlock, found: Mapping[BoundBlock, NDArray[Any]], join: np.ufunc) -> NDArray[Any]:
+    """What was found of each leaf's blocks, joined for fused blocks."""
+    fused: NDArray[Any] = join.reduce([found[leaf].transpose(order) for leaf, order in leaves_of(block)])
+    return fused
 
 
 def _exponents(top: Floats) -> NDArray[np.int64]:

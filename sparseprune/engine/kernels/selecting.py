@@ -47,14 +47,46 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
         _select_in_words(bits, magnitude, blocks, nnz, keep)
     elif blocks == 4:
         _quads(bits, bits.size // 4, magnitude, nnz, keep)
-    elif blocks <= PAIRWISE_LIMIT:
+    else:
+        _select_each(bits, magnitude, blocks, np.array([nnz]), 0, keep)
+
+
+def select_each(bits: Bits, magnitude: int, blocks: int, nnz: NDArray[np.int64], keep: Mask) -> None:
+    """As `select_keys`, with an `nnz` of its own for each scope: (scopes).
+
+    >>> keep = np.empty(6, dtype=np.uint8)
+    >>> select_each(np.array([3, 9, 5, 2, 2, 1], dtype=np.uint8), 0x7F, 3, np.array([2, 1]), keep)
+    >>> keep.tolist()
+    [0, 1, 1, 1, 0, 0]
+    """
+    if bits.size:
+        _select_each(bits, magnitude, blocks, nnz, 1, keep)
+
+
+def _select_each(
+    bits: Bits, magnitude: int, blocks: int, nnz: NDArray[np.int64], step: int, keep: Mask
+) -> None:
+    """The number of scope i is nnz[i * step]."""
+    if blocks <= PAIRWISE_LIMIT:
         keys = np.empty(blocks * _SIDE_BY_SIDE, dtype=bits.dtype)
         ranks = np.empty(blocks * _SIDE_BY_SIDE, dtype=np.uint8)
-        _pairwise(bits, bits.size // blocks, magnitude, blocks, nnz, keys, ranks, keep)
+        _pairwise(bits, bits.size // blocks, magnitude, blocks, nnz, step, keys, ranks, keep)
     else:
         digit = _LONG_DIGITS if blocks >= _LONG else _DIGITS
         counts = np.empty(1 << digit, dtype=np.int64)
-        _by_digits(bits, bits.size, magnitude, blocks, nnz, magnitude.bit_length(), digit, counts, keep)
+        width = magnitude.bit_length()
+        _by_digits(bits, bits.size, magnitude, blocks, nnz, step, width, digit, counts, keep)
+
+
+def ranks_among(bits: Bits, magnitude: int, left: Mask) -> Bits:
+    """The keys of patterns plus 1, and 0 where `left` is 0: below all others, zero among them.
+
+    >>> ranks_among(np.array([0x8000, 5, 0], dtype=np.uint16), 0x7FFF, np.array([1, 1, 0], dtype=np.uint8))
+    array([1, 6, 0], dtype=uint16)
+    """
+    ranks = np.empty_like(bits)
+    _ranks_among(bits, bits.size, magnitude, left, ranks)
+    return ranks
 
 
 def two_keys(bits: Bits, form: Format, blocks: int, nnz: int) -> tuple[Bits, Bits]:
@@ -161,8 +193,14 @@ def _quads(bits, scopes, magnitude, nnz, keep):
         keep[i + 3] = ad + bd + cd < nnz
 
 
-@compiled("void(K*, int64, K, int64, int64, K*, uint8*, uint8*)")
-def _pairwise(bits, scopes, magnitude, blocks, nnz, keys, ranks, keep):
+@compiled("void(K*, int64, K, uint8*, K*)")
+def _ranks_among(bits, size, magnitude, left, ranks):
+    for i in range(size):
+        ranks[i] = ((bits[i] & magnitude) + np.uint8(1)) * left[i]
+
+
+@compiled("void(K*, int64, K, int64, int64*, int64, K*, uint8*, uint8*)")
+def _pairwise(bits, scopes, magnitude, blocks, nnz, step, keys, ranks, keep):
     """Each block's rank is the number of blocks that beat it: larger ones, and equal ones before it."""
     for begin in range(0, scopes, _SIDE_BY_SIDE):
         count = _SIDE_BY_SIDE if scopes - begin > _SIDE_BY_SIDE else scopes - begin
@@ -179,15 +217,16 @@ def _pairwise(bits, scopes, magnitude, blocks, nnz, keys, ranks, keep):
                     ranks[other + scope] += wins
                     ranks[one + scope] += np.uint8(1) - wins
         for scope in range(count):
+            own = nnz[(begin + scope) * step]
             for block in range(blocks):
-                keep[(begin + scope) * blocks + block] = ranks[block * _SIDE_BY_SIDE + scope] < nnz
+                keep[(begin + scope) * blocks + block] = ranks[block * _SIDE_BY_SIDE + scope] < own
 
 
-@compiled("void(K*, int64, K, int64, int64, int64, int64, int64*, uint8*)")
-def _by_digits(bits, size, magnitude, blocks, nnz, width, digit, counts, keep):
+@compiled("void(K*, int64, K, int64, int64*, int64, int64, int64, int64*, uint8*)")
+def _by_digits(bits, size, magnitude, blocks, nnz, step, width, digit, counts, keep):
     for scope in range(size // blocks):
-        begin = scope * blocks
-        kth, places = _kth(bits, begin, blocks, magnitude, nnz, width, digit, counts)
+        begin, own = scope * blocks, nnz[scope * step]
+        kth, places = _kth(bits, begin, blocks, magnitude, own, width, digit, counts)
         equal = 0
         for i in range(begin, begin + blocks):
             key = np.uint64(bits[i] & magnitude)
