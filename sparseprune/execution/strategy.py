@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from sparseprune.execution.regions import Limits
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
-_SHRUNK = frozenset({"F64", "F32", "BF16"})  # whose elements compiled loops shrink
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 _SCORE_BYTES = 48  # that a block costs while its score is kept: norms, keys, positions, decisions
 _RANK_BYTES = 16  # that it costs more within masks: whether something is left of it, its rank
@@ -54,7 +53,7 @@ _SUMMED_BYTES = 64  # that each of them costs where scores are made of files: se
 _PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
 _LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, the decision
 _KEPT_BYTES = 4  # that it costs within masks: what they keep, packed and not, in two orders
-_LIMIT_BYTES = 40  # that a scope costs, of one element at least, while its soft threshold is made
+_LIMIT_BYTES = 40  # that a scope costs, of one block at least, while its soft threshold is made
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
@@ -71,8 +70,9 @@ _READ_SHARE = 4  # one part in so many is what was read, which the host has wher
 class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
-    Or those that reach `threshold`, if it is given. With `k_weight` single elements shrink by the
-    threshold, or by `kth_mid` of the engine. `budget` is that of the rule, for scopes within masks.
+    Or those that reach `threshold`, if it is given. With `k_weight` blocks shrink by the threshold, or by
+    `kth_mid` of the engine, times the root of their elements if it `scales`. `budget` is that of the rule, for
+    scopes within masks.
     """
 
     extent: Shape
@@ -83,6 +83,7 @@ class Selection(Struct, frozen=True):
     rms: bool
     prunes_nonfinite: bool = False
     k_weight: float | None = None  # of a soft threshold
+    scales: bool = False
     budget: Budget = Budget()
 
     @property
@@ -228,15 +229,12 @@ def _allows_loops(task: Task) -> bool:
     return instance.reconstruct is None
 
 
-def _shrinks_by_loops(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether compiled loops know the mode of a task: hard, or a soft threshold of single elements."""
-    soft, leaves = task.instance.soft, task.instance.scope.leaves
+def _shrinks_by_loops(task: Task) -> bool:
+    """Whether compiled loops know the mode of a task: hard, or a soft threshold without conditioners."""
+    soft = task.instance.soft
     if soft is None:
         return True
-    if soft.conditioners is not None or soft.eps or not task.ranks_patterns or task.codes is not None:
-        return False
-    known = {tensors[leaf.tensor].dtype for leaf in leaves} <= _SHRUNK
-    return known and all(member.block.numel_per_block == 1 for member, _ in members_of(task.instance.scope))
+    return soft.conditioners is None and not soft.eps and task.ranks_patterns and task.codes is None
 
 
 def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Contiguous | None:
@@ -289,15 +287,18 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
     if threshold is not None or (decided and soft is None):
         nnz, blocks = (0 if nnz == 0 else 1), 1
     extent = leaf.shape or (1,)
-    prunes, k_weight = score.nonfinite == "prune", None if soft is None else soft.k_weight
-    plain = (extent, blocks, nnz or 0, threshold, score.norm, score.normalize, prunes, k_weight)
-    return Selection(*plain, budget=budget)
+    if soft is not None:  # norms are those of the proximal operator
+        plain = (extent, blocks, nnz or 0, threshold, 2.0, False)
+        return Selection(*plain, k_weight=soft.k_weight, scales=soft.scale, budget=budget)
+    plain = (extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
+    return Selection(*plain, score.nonfinite == "prune", budget=budget)
 
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
     scores = 0 if task.ranks_patterns and task.codes is None else 40
-    scores += 0 if selection.k_weight is None or selection.threshold is not None else _LIMIT_BYTES
+    if selection.k_weight is not None:
+        scores += -(-_LIMIT_BYTES // selection.block)
     scores += size if selection.prunes_nonfinite else 0
     scores += size + _KEPT_BYTES if task.within else 0
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
@@ -308,7 +309,7 @@ def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     score, kind, scope = task.instance.score, task.score_kind, task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
         return False
-    if not _shrinks_by_loops(task, tensors):
+    if not _shrinks_by_loops(task):
         return False
     leaf = scope.block
     dtype = tensors[leaf.tensor].dtype
@@ -336,7 +337,7 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     (dtype,) = dtypes
     if not whole or not together or dtype not in _FLOATS or not task.ranks_patterns:
         return None
-    if not _shrinks_by_loops(task, tensors) or (task.instance.soft and not task.instance.budget.nnz):
+    if not _shrinks_by_loops(task) or (task.instance.soft and not task.instance.budget.nnz):
         return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)

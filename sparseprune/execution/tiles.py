@@ -7,6 +7,7 @@ And what no rule touches. No torch. Strategy.py chooses, the runner calls.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,13 @@ import numpy as np
 from sparseprune.engine.kernels.counting import Tally, any_in, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, drop, finite_ranks, select_keys
-from sparseprune.engine.kernels.shrinking import kth_mids, shrink_elements
+from sparseprune.engine.kernels.shrinking import (
+    block_factors,
+    kth_mids,
+    mark_runs,
+    scale_runs,
+    shrink_elements,
+)
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
@@ -257,12 +264,21 @@ def _shrunk_in_order(loaded: Loaded, scope: AnyScope, ordered: Bits, selection: 
 
 
 def _shrink(bits: Bits, form: Format, selection: Selection, mask: Mask) -> None:
-    """Soft thresholds of single elements, flat, scope after scope."""
+    """Soft thresholds of blocks, flat, scope after scope; `mask` has 1 where a block is not zero then."""
+    block = selection.block
+    norms = _norms(bits, form, selection) if block > 1 else None
     if selection.threshold is not None:
         limits = np.full(1, selection.threshold)
     else:
-        limits = kth_mids(bits, form, selection.blocks, selection.nnz, selection.k_weight or 0.0)
-    shrink_elements(bits, form, limits, mask)
+        ranked, ranks = (bits, form) if norms is None else (norms.view(np.uint64), FORMATS["F64"])
+        limits = kth_mids(ranked, ranks, selection.blocks, selection.nnz, selection.k_weight or 0.0)
+    if norms is None:
+        shrink_elements(bits, form, limits, mask)
+        return
+    if selection.scales:
+        limits = limits * math.sqrt(block)
+    scale_runs(bits, form, block_factors(norms, limits), block, mask)
+    mark_runs(mask, block)
 
 
 def _keep_finite(bits: Bits, form: Format, selection: Selection) -> Mask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_way_is_only_chosen_for_what_it_can_do(one: Asked, compiled: bool) -> 
         assert leaf.numel_per_block > ROOM.largest_tile()
         return
     if instance.soft is not None:
-        assert needs_torch(strategy)
+        assert not isinstance(strategy, BlockNorms)
     if stored.dtype.startswith("I") and instance.score.kind == "magnitude":
         assert needs_torch(strategy)
     if isinstance(strategy, Contiguous):
@@ -191,12 +192,13 @@ def test_a_scope_of_some_slabs_is_decided_at_once_and_a_larger_one_counted() -> 
         assert type(one.choose(ROOM)) is way
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_soft_thresholds_are_left_to_torch(compiled: bool) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "F16", "F8_E4M3"])
+def test_soft_thresholds_need_torch_for_what_loops_do_not_know(dtype: str) -> None:
     scope = matrix((64, 64), (1, 4), (1, 2))
-    one = asked(scope, "F32", Budget(nnz=1), soft=Soft())
-    assert needs_torch(one.choose(ROOM, compiled=compiled))
-    assert not needs_torch(asked(scope, "F32", Budget(nnz=1)).choose(ROOM))
+    assert type(asked(scope, dtype, Budget(nnz=1), soft=Soft()).choose(ROOM)) is Contiguous
+    for soft in (Soft(eps=1e-9), Soft(conditioners=Path("there"))):
+        assert needs_torch(asked(scope, dtype, Budget(nnz=1), soft=soft).choose(ROOM))
+    assert needs_torch(asked(scope, "F64", Budget(nnz=1), soft=Soft()).choose(ROOM))
 
 
 def test_what_was_chosen_for_ample_memory_passes_by_the_fewest_times() -> None:

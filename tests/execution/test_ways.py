@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.execution.plan import make_plan
 from sparseprune.execution.schedule import make_schedule
-from sparseprune.execution.strategy import needs_torch
 from sparseprune.spec import parse_spec
 from tests.commands import silent
 from tests.execution.structures import CASES, FLOATS, INTEGERS
@@ -126,7 +125,10 @@ def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> 
         ("channels", "BlockNorms"),
         ("experts", "BlockNorms"),
         ("random blocks", "BlockNorms"),
-        ("soft", "TorchInMemory"),
+        ("soft", "Contiguous"),
+        ("soft rows", "Contiguous"),
+        ("soft blocks of 4x8", "Strided"),
+        ("channels, soft", "TorchInMemory"),
         ("soft over all tensors", "TorchOutOfCore"),
     ],
 )
@@ -214,20 +216,3 @@ def test_what_is_not_finite_ranks_last_in_every_way(tmp_path: Path, name: str, d
                 worked.append(how)
                 assert applied(tmp_path, way, "--jobs", 2) == reference, way
     assert len(worked) > 1 or dtype == torch.float64  # whose blocks need torch
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "name", ["soft elements", "soft 2:4", "soft whole tensors", "soft elements over all"]
-)
-def test_soft_elements_of_wide_dtypes_need_no_torch(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    spec, tensors = CASES[name]
-    prepare(tmp_path, spec, tensors(dtype))
-    with pytest.MonkeyPatch.context() as patch:
-        force(patch, "torch_in_memory")
-        reference = applied(tmp_path, "reference")
-    for slab in (1, 64):
-        with pytest.MonkeyPatch.context() as patch:
-            narrow(patch, slab, 16)
-            assert not any(needs_torch(how) for how in strategies(tmp_path, 1))
-            assert applied(tmp_path, f"loops-{slab}", "--jobs", 1) == reference

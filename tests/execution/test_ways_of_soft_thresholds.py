@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.execution.structures import CASES
-from tests.execution.test_ways import PRUNING, applied, prepare
+from sparseprune.execution.strategy import needs_torch
+from tests.execution.structures import CASES, FLOATS
+from tests.execution.test_ways import PRUNING, applied, prepare, strategies
 from tests.limits import force, narrow
 
 SOFT = [name for name in CASES if "soft" in name]
@@ -30,3 +31,19 @@ def test_small_pieces_in_loops_give_what_whole_scopes_in_the_engine_give(tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         narrow(patch, 64, 16)
         assert applied(tmp_path, "pieces", "--jobs", 1) == reference
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", SOFT)
+def test_loops_shrink_every_dtype_as_the_engine_does(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(tmp_path, "reference", "--jobs", 1)
+    for slab in (1, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            narrow(patch, slab, 16)
+            single = name in {"soft elements", "soft 2:4", "soft whole tensors", "soft elements over all"}
+            assert not (single and any(needs_torch(how) for how in strategies(tmp_path, 1)))
+            assert applied(tmp_path, f"loops-{slab}", "--jobs", 1) == reference

@@ -1,6 +1,7 @@
-"""Soft thresholds of single elements by compiled loops: the nnz-th and the next key of a scope, differences.
+"""Soft thresholds by compiled loops: thresholds made of keys, differences of elements, products of blocks.
 
-Owns the loops that shrink; they equal the torch engine bit for bit. Called by execution.
+Owns the loops that shrink; they equal the torch engine bit for bit. Called by execution, and by the engine
+for tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.compiling import compiled, value_of
+from sparseprune.engine.kernels.compiling import compiled, inlined, value_of
 from sparseprune.engine.kernels.selecting import two_keys
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_BLOCK = 512  # elements whose differences stay in the first cache
+_BLOCK = 512  # elements whose results stay in the first cache
 
 
 def kth_mids(bits: Bits, form: Format, blocks: int, nnz: int, k_weight: float) -> Floats:
@@ -28,6 +29,10 @@ def kth_mids(bits: Bits, form: Format, blocks: int, nnz: int, k_weight: float) -
     scopes = bits.size // blocks
     if nnz == 0:
         return np.full(scopes, np.inf)
+    if blocks == 4 and form.itemsize < 8:
+        mids = np.empty(scopes, dtype=np.float64)
+        _quad_mids(bits, scopes, *form.numbers, form.scale, nnz, k_weight, mids)
+        return mids
     kth, following = two_keys(bits, form, blocks, nnz)
     return mid_of(form.values(kth), form.values(following), k_weight)
 
@@ -37,54 +42,163 @@ def mid_of(kth: Floats, following: Floats, k_weight: float) -> Floats:
     return kth if k_weight == 0 else (kth + k_weight * following) / (1 + k_weight)
 
 
+def block_factors(norms: Floats, limits: Floats) -> Floats:
+    """What blocks of finite norms are multiplied by, `max(0, 1 - limit / norm)`, as the engine computes it.
+
+    Norms are (scopes * blocks of a scope), limits (scopes).
+    """
+    by_scope = norms.reshape(limits.size, -1)
+    rests = by_scope - limits[:, None]
+    factors = np.zeros_like(by_scope)
+    np.divide(rests, by_scope, out=factors, where=rests > 0)
+    return factors.reshape(-1)
+
+
 def shrink_elements(bits: Bits, form: Format, limits: Floats, mask: Mask) -> None:
     """Move the elements (flat, finite) of each scope towards zero by its limit, up to +0.0; rounded once.
 
     There are as many scopes of one size as limits. `mask` becomes 1 where the result is not zero.
     """
-    size = bits.size // max(1, limits.size)
+    run = bits.size // max(1, limits.size)
+    _shrink(bits, form, (limits / form.scale, run), mask, multiplies=0)
+
+
+def scale_runs(bits: Bits, form: Format, factors: Floats, run: int, mask: Mask) -> None:
+    """Multiply every `run` elements (flat, finite) by their factor within 0 and 1; rounded once.
+
+    Factors begin again where all were used. A factor of 0 makes elements +0.0. `mask` becomes 1 where the
+    result is not zero.
+    """
+    _shrink(bits, form, (factors, run), mask, multiplies=1)
+
+
+def mark_runs(mask: Mask, run: int) -> None:
+    """Make every `run` of a mask 1 where one of it is."""
+    _mark_runs(mask, mask.size // run, run)
+
+
+def _shrink(bits: Bits, form: Format, by: tuple[Floats, int], mask: Mask, *, multiplies: int) -> None:
+    numbers, run = by
+    rest = (numbers, numbers.size, run, multiplies, np.empty(_BLOCK))
     if form.itemsize > 2:
-        _shrink_wide(bits.view(f"f{form.itemsize}"), limits.size, size, limits, mask)
+        _shrink_wide(bits.view(f"f{form.itemsize}"), bits.size, *rest, mask)
         return
-    singles = np.empty(_BLOCK, dtype=np.float32)
-    errors = np.empty(_BLOCK, dtype=np.float64)
-    rest = (limits, singles.view(np.uint32), singles, errors, mask)
-    _shrink_bf16(bits, limits.size, size, *form.numbers, *rest)
+    singles, errors = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK)
+    _shrink_narrow(bits, bits.size, *form.numbers, *rest, singles.view(np.uint32), singles, errors, mask)
 
 
-@compiled("void(K*, int64, int64, float64*, uint8*)")
-def _shrink_wide(values, scopes, size, limits, mask):
+@compiled("void(K*, int64, K, uint32, K, float64, int64, float64, float64*)")
+def _quad_mids(bits, scopes, magnitude, shift, infinity, scale, nnz, k_weight, mids):
+    """Four keys in order by comparisons of two, without branches, which nobody could foretell."""
     for scope in range(scopes):
-        limit = limits[scope]
-        for i in range(scope * size, (scope + 1) * size):
-            value = np.float64(values[i])
-            above, below = value - limit, value + limit
-            result = above if value > limit else 0.0
-            result = below if value < -limit else result
-            values[i] = result
-            mask[i] = values[i] != 0
+        i = 4 * scope
+        a = value_of(bits[i], magnitude, shift, infinity)
+        b = value_of(bits[i + 1], magnitude, shift, infinity)
+        c = value_of(bits[i + 2], magnitude, shift, infinity)
+        d = value_of(bits[i + 3], magnitude, shift, infinity)
+        high, low = (a if a > b else b), (b if a > b else a)
+        other_high, other_low = (c if c > d else d), (d if c > d else c)
+        first, last = (high if high > other_high else other_high), (low if low < other_low else other_low)
+        one, other = (other_high if high > other_high else high), (other_low if low < other_low else low)
+        second, third = (one if one > other else other), (other if one > other else one)
+        kth = first if nnz == 1 else second if nnz == 2 else third if nnz == 3 else last
+        following = second if nnz == 1 else third if nnz == 2 else last if nnz == 3 else 0.0
+        mids[scope] = (kth * scale + k_weight * (following * scale)) / (1 + k_weight)
 
 
-@compiled("void(K*, int64, int64, K, uint32, K, float64*, uint32*, float32*, float64*, uint8*)")
-def _shrink_bf16(bits, scopes, size, magnitude, shift, infinity, limits, patterns, singles, errors, mask):
-    """Differences are rounded to float32; what is halfway there goes back to the side that it came from."""
-    for scope in range(scopes):
-        limit = limits[scope]
-        for first in range(0, size, _BLOCK):
-            begin = scope * size + first
-            count = _BLOCK if size - first > _BLOCK else size - first
-            for i in range(count):
-                value = value_of(bits[begin + i], magnitude, shift, infinity)
-                rest = value - limit if value > limit else 0.0
+@compiled("void(uint8*, int64, int64)")
+def _mark_runs(mask, runs, run):
+    for begin in range(0, runs * run, run):
+        found = np.uint8(0)
+        for i in range(begin, begin + run):
+            found |= mask[i]
+        for i in range(begin, begin + run):
+            mask[i] = found
+
+
+@inlined
+def _spread(numbers, count, run, begin, size, each):
+    """The number of each of `size` elements from `begin` on; each run of them has one, in turn."""
+    number, place, done = begin // run % count, begin % run, 0
+    while done < size:
+        if run == 1:
+            step = count - number if count - number < size - done else size - done
+            for i in range(step):
+                each[done + i] = numbers[number + i]
+            number += step
+        elif run == 4 and place == 0 and size - done >= 4:
+            step = (size - done) // 4
+            step = 4 * (count - number if count - number < step else step)
+            for i in range(step // 4):
+                each[done + 4 * i] = numbers[number + i]
+                each[done + 4 * i + 1] = numbers[number + i]
+                each[done + 4 * i + 2] = numbers[number + i]
+                each[done + 4 * i + 3] = numbers[number + i]
+            number += step // 4
+        else:
+            step = run - place if run - place < size - done else size - done
+            for i in range(done, done + step):
+                each[i] = numbers[number]
+            number += 1
+        done, place = done + step, 0
+        number = 0 if number == count else number
+
+
+@compiled("void(K*, int64, float64*, int64, int64, int64, float64*, uint8*)")
+def _shrink_wide(values, size, numbers, count, run, multiplies, each, mask):
+    for begin in range(0, size, _BLOCK):
+        block = _BLOCK if size - begin > _BLOCK else size - begin
+        _spread(numbers, count, run, begin, block, each)
+        if multiplies:
+            for i in range(block):
+                product = np.float64(values[begin + i]) * each[i]
+                values[begin + i] = product if each[i] > 0 else 0.0
+        else:
+            for i in range(block):
+                value, limit = np.float64(values[begin + i]), each[i]
+                above, below = value - limit, value + limit
+                result = above if value > limit else 0.0
+                values[begin + i] = below if value < -limit else result
+        for i in range(block):
+            mask[begin + i] = values[begin + i] != 0
+
+
+@compiled(
+    "void(K*, int64, K, uint32, K, float64*, int64, int64, int64, float64*, uint32*, float32*, float64*, "
+    "uint8*)"
+)
+def _shrink_narrow(
+    bits, size, magnitude, shift, infinity, numbers, count, run, multiplies, each, patterns, singles, errors,
+    mask,
+):  # fmt: skip
+    """Results are rounded to float32; what is halfway there goes back to the side that it came from.
+
+    `each` ends as what is above 0 where an element keeps its sign.
+    """
+    half, one = np.uint32(1) << (shift - np.uint32(1)), np.uint32(1)
+    last = half + half - one
+    for begin in range(0, size, _BLOCK):
+        block = _BLOCK if size - begin > _BLOCK else size - begin
+        _spread(numbers, count, run, begin, block, each)
+        if multiplies:
+            for i in range(block):
+                rest = value_of(bits[begin + i], magnitude, shift, infinity) * each[i]
                 singles[i] = rest
                 errors[i] = rest - np.float64(singles[i])
-            for i in range(count):
-                pattern = patterns[i]
-                halfway = (pattern & np.uint32(0xFFFF)) == 0x8000
-                pattern += np.uint32(halfway and errors[i] > 0)
-                pattern -= np.uint32(halfway and errors[i] < 0)
-                pattern += np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1))
-                key = np.uint16(pattern >> np.uint32(16))
-                any_left = np.uint16(key > 0 or errors[i] != 0)
-                bits[begin + i] = key | (bits[begin + i] & np.uint16(0x8000)) * any_left
-                mask[begin + i] = key > 0
+        else:
+            for i in range(block):
+                value = value_of(bits[begin + i], magnitude, shift, infinity)
+                rest = value - each[i] if value > each[i] else 0.0
+                each[i] = rest
+                singles[i] = rest
+                errors[i] = rest - np.float64(singles[i])
+        for i in range(block):
+            pattern = patterns[i]
+            halfway = (pattern & last) == half
+            pattern += np.uint32(halfway and errors[i] > 0)
+            pattern -= np.uint32(halfway and errors[i] < 0)
+            pattern += half - one + ((pattern >> shift) & one)
+            key = pattern >> shift
+            sign = np.uint32(bits[begin + i] & ~magnitude) * np.uint32(each[i] > 0)
+            bits[begin + i] = key | sign
+            mask[begin + i] = key > 0

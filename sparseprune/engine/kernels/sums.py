@@ -32,7 +32,9 @@ def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
     """The sum of |x| ** power, 1 or 2, over each `run` of elements (flat, whole runs), by the tree."""
     sums = np.empty(bits.size // run, dtype=np.float64)
     rest = (*form.numbers, form.scale, run, power)
-    if run <= _SHORT:
+    if _COLUMNS % run == 0:
+        _even_sums(bits, bits.size, *rest, np.empty(_COLUMNS), sums)
+    elif run <= _SHORT:
         _short_sums(bits, sums.size, *rest, np.empty(run * _SIDE_BY_SIDE), sums)
     else:
         _run_sums(bits, sums.size, *rest, np.empty(_LEVELS), np.empty(_COLUMNS), sums)
@@ -108,6 +110,22 @@ class ColumnSums:
         """The sums of all rows so far: (columns)."""
         total = _added(one for level, one in enumerate(self._levels) if self.count >> level & 1)
         return np.zeros(self._levels.shape[1]) if total is None else total.copy()
+
+
+@compiled("void(K*, int64, K, uint32, K, float64, int64, int64, float64*, float64*)")
+def _even_sums(bits, size, magnitude, shift, infinity, scale, run, power, block, sums):
+    """Runs of 2^level elements that lie in a block: each of its sums is a node of the tree over the block."""
+    for begin in range(0, size, _COLUMNS):
+        count = _COLUMNS if size - begin > _COLUMNS else size - begin
+        _fill(bits, begin, count, magnitude, shift, infinity, scale, power, block)
+        left = count // run
+        while count > left:
+            count = count // 2
+            for i in range(count):
+                block[i] = block[2 * i] + block[2 * i + 1]
+        first = begin // run
+        for i in range(left):
+            sums[first + i] = block[i]
 
 
 @compiled("void(K*, int64, K, uint32, K, float64, int64, int64, float64*, float64*)")

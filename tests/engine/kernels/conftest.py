@@ -55,11 +55,20 @@ def chosen(arguments: tuple[Any, ...]) -> bool:
     return size <= FEW or zlib.crc32(repr(numbers).encode(), zlib.crc32(arrays[0].data)) % SHARE == 0
 
 
+def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with arrays of their own; those of one memory share one again."""
+    memory: dict[int, Any] = {}
+    return tuple(
+        memory.setdefault(one.ctypes.data, one.copy()).view(one.dtype) if isinstance(one, np.ndarray) else one
+        for one in arguments
+    )
+
+
 def compared(run: Callable[..., Any]) -> Callable[..., Any]:
     def both(loop: Loop, *arguments: Any) -> Any:
         if not chosen(arguments):
             return run(loop, *arguments)
-        copies = tuple(one.copy() if isinstance(one, np.ndarray) else one for one in arguments)
+        copies = copied(arguments)
         said = interpreted(loop, copies)
         result = run(loop, *arguments)
         for copy, array in zip((said, *copies), (result, *arguments), strict=True):

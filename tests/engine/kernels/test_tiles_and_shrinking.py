@@ -1,16 +1,19 @@
-"""Loops of transposable tiles and of soft thresholds of single elements, against plain loops."""
+"""Loops of transposable tiles and of soft thresholds, against plain loops."""
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sparseprune import BlockSpec, ScopeSpec
-from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.selecting import cut_below, two_keys
-from sparseprune.engine.kernels.shrinking import kth_mids, shrink_elements
+from sparseprune.engine.kernels.shrinking import kth_mids, mark_runs, scale_runs, shrink_elements
 
 
 def best(tile: torch.Tensor, kept: int) -> list[list[bool]]:
@@ -67,6 +70,98 @@ def test_none_and_infinity_are_thresholds_too() -> None:
     assert cut_below(numbers.view("u4"), form, form.magnitude + 1, mask) == 0
     assert not mask.any()
     assert not numbers.any()
+
+
+def numbers_of(name: str, size: int, seed: int) -> np.ndarray[Any, Any]:
+    """Patterns of finite numbers of either sign, among them zeros of either sign and the lowest."""
+    form, chance = FORMATS[name], np.random.default_rng(seed)
+    few = [0, form.magnitude + 1, 1, form.magnitude + 2, form.infinity - 1]
+    keys = chance.integers(0, form.infinity, size - len(few), dtype=np.uint64)
+    signs = chance.integers(0, 2, keys.size, dtype=np.uint64) * np.uint64(form.magnitude + 1)
+    found: np.ndarray[Any, Any] = np.array([*few, *(keys | signs).tolist()], dtype=form.pattern)
+    return found
+
+
+def rounded(wanted: float, form: Format) -> int:
+    """The key of the nearest number by bisection over all of them, of two the even one."""
+    low, high = 0, form.infinity - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if form.values(np.array([middle], dtype=form.pattern))[0] <= wanted:
+            low = middle
+        else:
+            high = middle
+    below, above = (
+        Fraction(float(form.values(np.array([key], dtype=form.pattern))[0])) for key in (low, low + 1)
+    )
+    left = Fraction(wanted) - below - (above - Fraction(wanted))
+    return low + 1 if left > 0 or (left == 0 and low % 2) else low
+
+
+def keys_after(bits: np.ndarray[Any, Any], form: Format, work: Callable[[float], float]) -> list[int]:
+    return [
+        rounded(work(float(value)), form) for value in form.values(bits & bits.dtype.type(form.magnitude))
+    ]
+
+
+NARROW = ["F32", "BF16", "F16", "F8_E5M2", "F8_E4M3"]
+
+
+@pytest.mark.parametrize("run", [1, 3, 4, 20])
+@pytest.mark.parametrize("name", NARROW)
+def test_differences_and_products_are_rounded_once_to_the_nearest_number(name: str, run: int) -> None:
+    form, chance = FORMATS[name], np.random.default_rng(run)
+    bits = numbers_of(name, 60, run)
+    sign, magnitude = (bits.dtype.type(each) for each in (form.magnitude + 1, form.magnitude))
+    numbers = chance.choice([0.0, 1.0, 0.5, 0.123456789, 1 - 2.0**-9], 60 // run)
+    factors, mask = np.repeat(numbers, run), np.empty(60, dtype=np.uint8)
+    products = iter(factors.tolist())
+    wanted = keys_after(bits, form, lambda value: value * next(products))
+    found = bits.copy()
+    scale_runs(found, form, numbers, run, mask)
+    assert (found & magnitude).tolist() == wanted
+    assert (found & sign).tolist() == np.where(factors > 0, bits & sign, 0).tolist()
+    assert mask.tolist() == [key > 0 for key in wanted]
+
+    limits = form.values(np.sort(bits & magnitude))[30] * numbers
+    each = iter(np.repeat(limits, run).tolist())
+    rests = [value - next(each) for value in form.values(bits & magnitude).tolist()]
+    wanted = [rounded(max(rest, 0), form) for rest in rests]
+    found = bits.copy()
+    shrink_elements(found, form, limits, mask)
+    assert (found & magnitude).tolist() == wanted
+    left = np.array([rest > 0 for rest in rests])
+    assert (found & sign).tolist() == np.where(left, bits & sign, 0).tolist()
+    assert mask.tolist() == [key > 0 for key in wanted]
+
+
+def test_factors_are_used_in_turn_and_again() -> None:
+    numbers, mask = np.arange(1.0, 1801).astype(np.float32), np.empty(1800, dtype=np.uint8)
+    for run, count in ((1, 7), (4, 3), (5, 9)):
+        factors = np.random.default_rng(run).choice([0.0, 0.25, 1.0], count)
+        each = np.resize(np.repeat(factors, run), 1800)
+        found = numbers.copy()
+        scale_runs(found.view("u4"), FORMATS["F32"], factors, run, mask)
+        assert found.tolist() == (numbers * each).tolist()
+
+
+def test_runs_are_marked_whole_where_one_of_them_is() -> None:
+    mask = np.array([0, 0, 1, 0, 0, 0, 0, 0, 1], dtype=np.uint8)
+    mark_runs(mask, 3)
+    assert mask.tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("k_weight", [0, 1.0, 0.3])
+@pytest.mark.parametrize("name", NARROW)
+def test_thresholds_of_four_elements_are_those_of_a_sorted_scope(name: str, k_weight: float) -> None:
+    form, bits = FORMATS[name], numbers_of(name, 40, 3)
+    bits[8:12] = bits[5]  # ties
+    magnitudes = form.values(bits & bits.dtype.type(form.magnitude)).reshape(-1, 4)
+    ranked = -np.sort(-magnitudes, axis=1)
+    for nnz in range(1, 5):
+        following = ranked[:, nnz] if nnz < 4 else np.zeros(10)
+        wanted = (ranked[:, nnz - 1] + k_weight * following) / (1 + k_weight)
+        assert kth_mids(bits, form, 4, nnz, k_weight).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("name", ["F32", "F64"])
