@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.projections import NestedProjection
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.tensor_io import TensorIO
+    from sparseprune.execution.tensor_io import Loaded, TensorIO
     from sparseprune.spec import BoundBlock
 
     Kept = dict[str, Tensor]  # by tensor, bool, flat: what is kept
@@ -51,17 +51,22 @@ def decide(tasks: Sequence[Task], io: TensorIO) -> Kept:
         scope = task.instance.scope
         parts = parts_at(scope, whole_part(scope.grid_shape))
         read = read_parts(task, parts, io, counts=False)
-        within = {
-            leaf: seen(kept[leaf.tensor], leaf).numpy() for leaf in read.loaded if leaf.tensor in decided
+        loaded = {
+            leaf: _inside(one, kept[leaf.tensor]) if leaf.tensor in decided else one
+            for leaf, one in read.loaded.items()
         }
-        for leaf, mask in within.items():
-            np.copyto(read.loaded[leaf].view, 0, where=~mask)
-        tile = Tile(task, scope, parts, io, replace(read, within=within))
+        tile = Tile(task, scope, parts, io, replace(read, loaded=loaded))
         masks = tile.decide()
         for spec, one in tile.leaves():
             seen(kept[one.region.leaf.tensor], one.region.leaf).copy_(masks[spec])
             decided.add(one.region.leaf.tensor)
     return kept
+
+
+def _inside(loaded: Loaded, kept: Tensor) -> Loaded:
+    order = loaded.region.storage_order
+    mask = seen(kept, loaded.region.leaf).permute(*order).contiguous()
+    return loaded.inside(mask.reshape(-1).numpy().view(np.uint8))
 
 
 def project_onto(tasks: Sequence[Task], params: Mapping[str, Tensor]) -> NestedProjection:

@@ -71,8 +71,8 @@ class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
     Or those that reach `threshold`, if it is given. With `k_weight` blocks shrink by the threshold, or by
-    `kth_mid` of the engine, times the root of their elements if it `scales`. `budget` is that of the rule, for
-    scopes within masks.
+    `kth_mid` of the engine, times the root of their elements if it `scales`. `budget` is that of the rule,
+    for scopes within masks.
     """
 
     extent: Shape

@@ -67,6 +67,14 @@ class Loaded(Struct, frozen=True):
     def dtype(self) -> str:
         return self.stored.dtype
 
+    def inside(self, kept: Mask) -> Loaded:
+        """The same elements, in the same memory, of which those may survive that a mask keeps.
+
+        `kept` has the order of the storage; what it drops becomes zero.
+        """
+        drop(self.flat, kept)
+        return replace(self, kept=kept)
+
     def masked(self) -> tuple[Mask, Mask]:
         """A new mask of the region, all 1: flat, and as the leaf sees it."""
         flat = np.ones(self.flat.size, dtype=np.uint8)
@@ -166,9 +174,7 @@ class TensorIO:
         """
         for mask in masks:
             if mask.name == loaded.region.leaf.tensor:
-                kept = self.kept(mask, loaded.region)
-                drop(loaded.flat, kept)
-                return replace(loaded, kept=kept)
+                return loaded.inside(self.kept(mask, loaded.region))
         return loaded
 
     def kept(self, mask: StoredMask, region: Region) -> Mask:
