@@ -7,12 +7,13 @@ and patterns of a table.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from sparseprune.spec.expressions import FACTS, RESERVED, expressions_of, unknown_name
-from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
+from sparseprune.spec.problems import Problems, listed, nearest, shown
 from sparseprune.spec.schema import (
     BUDGETS,
     KINDS,
@@ -153,14 +154,14 @@ class _Checker(Struct, frozen=True):
         known = [*self.declared["block"], *self.declared["block_coupling"]]
         if block not in known and not self.problems.is_open("", "block", "block_coupling"):
             text = f"there is no [block.{block}] and no [block_coupling.{block}]"
-            self.add(place, "block", text + suggestion(block, known))
+            self.add(place, "block", text + self.problems.suggestion(block, known))
 
     def members(self, place: str, table: CouplingTable) -> None:
         kind, key = table.member_kind, table.members_key
         for number, member in enumerate(table.members):
             if member not in self.declared[kind]:
                 if not self.problems.is_open("", kind):
-                    meant = suggestion(member, self.declared[kind])
+                    meant = self.problems.suggestion(member, self.declared[kind])
                     self.add(place, key, f"there is no [{kind}.{member}]{meant}")
             elif member in table.members[:number]:
                 self.add(place, key, f"{shown(member)} is listed twice: each member takes part once")
@@ -186,7 +187,8 @@ class _Checker(Struct, frozen=True):
         every = {name for variants in captured.values() for names in variants for name in names}
         for name in table.across if all(captured.values()) else ():
             if name not in every:
-                self.add(place, "across", f"no member captures {shown(name)}{suggestion(name, every)}")
+                meant = self.problems.suggestion(name, every)
+                self.add(place, "across", f"no member captures {shown(name)}{meant}")
         for member, variants in captured.items():
             left = {names.difference(table.across) for names in variants}
             if len(left) > 1:
@@ -376,7 +378,7 @@ class _Checker(Struct, frozen=True):
         coupled, nested = self.spec.coupled_scopes(), self.spec.nested()
         for place, table in self.spec.tables.items():
             if isinstance(table, BudgetTable) and table.within is not None and place not in coupled:
-                self._name_of_outer(place, table.within)
+                self._name_of_outer(place, table.within, coupled)
         self._circles(nested)
         for place, outer in nested.items():
             if outer not in coupled and place not in coupled:
@@ -385,8 +387,8 @@ class _Checker(Struct, frozen=True):
                     self._level(place, outer)
                 self._rebuilt_alike(place, outer)
 
-    def _name_of_outer(self, place: str, name: str) -> None:
-        coupled, own = self.spec.coupled_scopes(), place.partition(".")[2]
+    def _name_of_outer(self, place: str, name: str, coupled: Mapping[str, str]) -> None:
+        own = place.partition(".")[2]
         scopes, couplings = self.declared["scope"], self.declared["scope_coupling"]
         blocks = [kind for kind in ("block", "block_coupling") if name in self.declared[kind]]
         if name in couplings:
@@ -400,9 +402,9 @@ class _Checker(Struct, frozen=True):
             text = f"{shown(name)} is a [{blocks[0]}]: name a [scope] or [scope_coupling]"
             self.add(place, "within", text)
         elif not self.problems.is_open("", "scope", "scope_coupling"):
-            real = [each for each in scopes if each != own and f"scope.{each}" not in coupled]
+            real = (each for each in scopes if each != own and f"scope.{each}" not in coupled)
             text = f"there is no [scope] or [scope_coupling] {shown(name)}"
-            self.add(place, "within", text + suggestion(name, [*real, *couplings]))
+            self.add(place, "within", text + self.problems.suggestion(name, chain(real, couplings)))
 
     def _circles(self, nested: Mapping[str, str]) -> None:
         """Rules that are within themselves, by way of others, too, or within very many others."""

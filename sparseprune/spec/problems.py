@@ -70,6 +70,10 @@ class Problems:
         if misfit.text:
             self.add(misfit.table, misfit.key, misfit.text)
 
+    def suggestion(self, name: str, real: Iterable[str]) -> str:
+        """As the function of that name; empty once there are so many problems that no other one is shown."""
+        return "" if len(self._found) > _MOST_LINES else suggestion(name, real)
+
     def raise_if_any(self) -> None:
         if self._found:
             *lines, last = islice(self._lines(), _MOST_LINES + 1)
