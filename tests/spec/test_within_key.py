@@ -450,6 +450,82 @@ within = "down"
     assert [one.budget for one in of_rule(spec, "scope.last")] == [Budget(nnz=64)] * 2
 
 
+@pytest.mark.parametrize(
+    ("orders", "shape", "bound_of"),
+    [
+        ("[[0, 1, 2], [0, 1, 2]]", (2, 3, 4), 1),
+        # the second tensor's last dimension is the first one of the common grid, and so on
+        ("[[0, 1, 2], [2, 0, 1]]", (3, 4, 2), 1),
+        ("[[1, 2, 0], [0, 1, 2]]", (3, 4, 2), 4),
+    ],
+)
+def test_scopes_of_fused_blocks_lie_in_each_tensor_as_its_order_says(
+    orders: str, shape: tuple[int, ...], bound_of: int
+) -> None:
+    """Of the fused blocks along the last common dimension one is kept."""
+    text = f"""version = 1
+[block.a]
+tensors = "a"
+shape = []
+[block.b]
+tensors = "b"
+shape = []
+[block_coupling.both]
+blocks = ["a", "b"]
+orders = {orders}
+[scope.outer]
+block = "both"
+shape = [1, 1, -1]
+nnz = 1
+[scope.inner]
+tensors = "b"
+block = []
+shape = [{", ".join("-1" if size == 4 else "1" for size in shape)}]
+nnz = 4
+within = "outer"
+"""
+    spec = bound(text, TensorInfo("a", "F32", (2, 3, 4)), TensorInfo("b", "F32", shape))
+    assert [one.budget.nnz for one in of_rule(spec, "scope.inner")] == [bound_of]
+
+
+def test_a_vector_beside_a_matrix_is_bounded_as_its_rows_are() -> None:
+    bias = UP.replace("weight", "bias")
+    text = f"""version = 1
+[block.row]
+{UP}shape = [1, -1]
+[block.bias]
+{bias}shape = [1]
+[block_coupling.unit]
+blocks = ["row", "bias"]
+[scope.units]
+block = "unit"
+shape = []
+sparsity = 0.25
+[scope.inner]
+{bias}block = [1]
+shape = []
+sparsity = 0.5
+within = "units"
+"""
+    spec = bound(
+        text, TensorInfo("layers.0.up.weight", "F32", (32, 16)), TensorInfo("layers.0.up.bias", "F32", (32,))
+    )
+    assert [one.budget for one in of_rule(spec, "scope.inner")] == [Budget(nnz=12, share=0.5)]
+
+
+@pytest.mark.parametrize(
+    ("outer_block", "block", "wanted"),
+    [(3, 2, 2), (2, 3, 2), (3, 1, 3), (1, 3, 1), (2, 2, 1), (6, 2, 3)],
+)
+def test_a_kept_block_leaves_each_block_that_it_touches(outer_block: int, block: int, wanted: int) -> None:
+    text = table("coarse", (outer_block,), (6,), "nnz = 1")
+    text += table("fine", (block,), (6,), f'nnz = {6 // block}\nwithin = "coarse"')
+    (fine,) = of_rule(bound("version = 1\n" + text, TensorInfo("w", "F32", (6,))), "scope.fine")
+    assert (
+        fine.budget.nnz == wanted == most_left((6,), (block,), (6,), kept_sets((6,), (outer_block,), (6,), 1))
+    )
+
+
 def test_instances_whose_bounds_differ_are_of_different_forms() -> None:
     text = V_N_M.replace("nnz = 4", 'nnz = "layer"').replace("nnz = 2", "nnz = 3")
     spec = bound(text, *layers(6))
@@ -470,6 +546,15 @@ def test_instances_whose_bounds_differ_are_of_different_forms() -> None:
 def test_what_an_outer_rule_does_not_bound_keeps_its_budget(change: tuple[str, str]) -> None:
     spec = bound(V_N_M.replace("nnz = 2", "nnz = 4").replace(*change))
     assert {one.budget.nnz for one in of_rule(spec, "scope.fine")} == {4}
+
+
+def test_a_view_that_begins_elsewhere_in_the_tensor_bounds_nothing() -> None:
+    text = V_N_M.replace("nnz = 2", 'nnz = 8\nslice = ["8:24", ":"]').replace(
+        "nnz = 4", 'nnz = 4\nslice = ["0:16", ":"]'
+    )
+    assert {one.budget.nnz for one in of_rule(bound(text), "scope.fine")} == {8}
+    same = text.replace("8:24", "0:16")
+    assert {one.budget.nnz for one in of_rule(bound(same), "scope.fine")} == {4}
 
 
 # ---- budgets and methods that a command asks for
