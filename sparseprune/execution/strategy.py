@@ -71,8 +71,8 @@ class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
     Or those that reach `threshold`, if it is given. With `k_weight` blocks shrink by the threshold, or by
-    `kth_mid` of the engine, times the root of their elements if it `scales`. `budget` is that of the rule,
-    for scopes within masks.
+    `kth_mid` of the engine, times the root of their elements if it `scales`. Scopes with `tile` rows are
+    transposable. `budget` is that of the rule, for scopes within masks.
     """
 
     extent: Shape
@@ -84,6 +84,7 @@ class Selection(Struct, frozen=True):
     prunes_nonfinite: bool = False
     k_weight: float | None = None  # of a soft threshold
     scales: bool = False
+    tile: int = 0
     budget: Budget = Budget()
 
     @property
@@ -195,9 +196,9 @@ def choose(
     """
     if task.instance.reconstruct is not None:
         return _rebuild(task, tensors, limits)
-    if any(member.transposable for member, _ in members_of(task.instance.scope)):
-        compiled = False  # a tile of few elements, which always fits, as a whole
     order = ORDER if _allows_loops(task) else [name for name in ORDER if name in _TORCH]
+    if any(member.transposable for member, _ in members_of(task.instance.scope)):
+        order = [name for name in order if name in {"strided", "torch_in_memory"}]  # a tile fits as a whole
     if not compiled:
         order = [*_TORCH, *(name for name in order if name in {"radix_select", "block_norms"})]
     for name in (*order, *_TORCH[:1]):  # a threshold decides every block alone
@@ -291,7 +292,8 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
         plain = (extent, blocks, nnz or 0, threshold, 2.0, False)
         return Selection(*plain, k_weight=soft.k_weight, scales=soft.scale, budget=budget)
     plain = (extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
-    return Selection(*plain, score.nonfinite == "prune", budget=budget)
+    tile = max(scope.shape) if scope.transposable and blocks > 1 else 0
+    return Selection(*plain, score.nonfinite == "prune", tile=tile, budget=budget)
 
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:

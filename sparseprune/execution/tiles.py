@@ -25,6 +25,8 @@ from sparseprune.engine.kernels.shrinking import (
     shrink_elements,
 )
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
+from sparseprune.engine.kernels.tiles import INFINITE_SUM, select_tiles
+from sparseprune.errors import SparsityError
 from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
 from sparseprune.execution.regions import (
@@ -137,6 +139,8 @@ class CutScopes(RegionPass):
         loaded = io.inside(loaded, task.within)
         if isinstance(self.strategy, Contiguous):
             mask = _cut_as_it_lies(loaded, selection, Ranking(task, io))
+        elif selection.tile:
+            mask = _cut_tiles(loaded, task.instance.scope, selection, Ranking(task, io))
         else:
             mask = _cut_in_order(loaded, task.instance.scope, selection, Ranking(task, io))
         return mask if loaded.kept is None else mask & loaded.kept
@@ -246,6 +250,27 @@ def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking
     rank = len(loaded.region.extent)
     spread = _in_scopes(mask_view, scope)
     spread[...] = keep.reshape(spread.shape[: len(spread.shape) - rank] + (1,) * rank)
+    cut_blocks(loaded.flat, mask, 1, mask)
+    return mask
+
+
+def _cut_tiles(loaded: Loaded, scope: AnyScope, selection: Selection, ranking: Ranking) -> Mask:
+    """Transposable scopes: square tiles of the last two dimensions of what the leaf sees."""
+    elements = ranking.elements(loaded)
+    refuse_nonfinite(loaded, elements)
+    form, keys = FORMATS[loaded.dtype if elements is None else "F64"], loaded.view
+    if elements is not None:
+        magnitudes = elements.magnitudes()
+        if not np.isfinite(magnitudes).all():
+            raise SparsityError(f"{scope.label}: {INFINITE_SUM}")
+        keys = magnitudes.view(np.uint64)
+    mask, mask_view = loaded.masked()
+    in_order = mask_view.flags.c_contiguous
+    keep = mask if in_order else np.empty(mask.size, dtype=np.uint8)
+    rows = np.ascontiguousarray(keys).reshape(-1)
+    select_tiles(rows, form, keys.shape[-1], selection.tile, selection.nnz // selection.tile, keep)
+    if not in_order:
+        mask_view[...] = keep.reshape(mask_view.shape)
     cut_blocks(loaded.flat, mask, 1, mask)
     return mask
 

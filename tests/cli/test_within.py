@@ -189,7 +189,7 @@ def test_zeros_of_every_dtype_tie_and_the_mask_decides(tmp_path: Path, name: str
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, (spec, _) in CASES.items() if "transposable" not in spec])
 def test_every_way_and_cut_keeps_within_the_masks(tmp_path: Path, name: str) -> None:
     spec, make = CASES[name]
     tensors = make(torch.bfloat16)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.engine import BlockSpec, ScopeSpec, transposing
-from sparseprune.engine.kernels.tiles import best_numbers
+from sparseprune.engine.kernels.tiles import SCORE_BITS
 from sparseprune.engine.projections import projection
-from sparseprune.engine.transposing import SCORE_BITS, select_transposable
+from sparseprune.engine.transposing import select_transposable
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
 Tile = tuple[bool, ...]
@@ -61,9 +61,9 @@ def test_operations_on_tensors_find_what_the_compiled_loop_finds(size: int, kept
     generator = torch.Generator().manual_seed(size * kept)
     scores = torch.rand(300, size**2, generator=generator, dtype=torch.float64)
     scores[100:] = scores[100:].mul(3).floor()
-    values = transposing._integers(scores) << 11
-    loop = best_numbers(values.numpy(), size, *transposing._tables(size, kept))
-    assert loop.tolist() == transposing._by_tensors(values, size, kept).tolist()
+    scores[200:] *= 2.0 ** torch.randint(-1080, 1000, (100, size**2), generator=generator).double()
+    loop = select_transposable(scores, size, kept)
+    assert torch.equal(loop, transposing._select(scores, size, kept))
 
 
 def test_of_equal_sums_lower_indices_are_kept() -> None:

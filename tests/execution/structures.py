@@ -13,6 +13,8 @@ scope.left = { tensors = "{name}.weight", slice = [":", "0:5"], block = [1, 1], 
 scope.right = { tensors = "{name}.weight", slice = [":", "6:12"], block = [1, -1], shape = [4, 1], nnz = 1 }
 """
 
+TILED = "nnz = 2\ntransposable = true"
+
 
 def one(block: str, shape: str, budget: str, tensors: str = "{name}.weight") -> str:
     return f"""
@@ -119,6 +121,10 @@ SPECS = {
     "fused columns": fused('":", "0:8"', '":", "8:16"', "[1, 1]", "[1, 4]", "nnz = 2"),
     "fused columns, a part": fused('":", "1:8"', '":", "9:16"', "[-1, 1]", "[1, -1]", "nnz = 3"),
     "rules apart": APART,
+    "transposable 2:4": one("[1, 1]", "[1, 4]", TILED),
+    "transposable 1:4, turned": viewed("m k -> k m", "[1, 1]", "[1, 4]", TILED.replace("2", "1")),
+    "transposable, a part": one("[1, 1]", "[1, 4]", f'slice = ["4:8", "4:12"]\n{TILED}'),
+    "transposable, all survive": one("[1, 1]", "[1, 4]", TILED.replace("2", "4")),
     "soft": one("[1, 4]", "[1, 2]", 'mode = "soft"\nthreshold = 0.8'),
     "soft by budget": one("[1, 4]", "[-1, -1]", 'mode = "soft"\nnnz = 20\nk_weight = 0.5\nscale = true'),
     "soft rows": one("[1, -1]", "[4, 1]", 'mode = "soft"\nnnz = 2\nscale = true\nk_weight = 0.2'),
@@ -149,6 +155,7 @@ LAYERS = {
     "channels of experts": experts_of("[1, 1, -1]", "[1, -1, 1]", "nnz = 3"),
     "rows over experts": experts_of("[-1, 1, 1]", "[1, -1, -1]", "nnz = 11"),
     "inputs of experts": experts_of("[-1, -1, 1]", "[1, 1, -1]", "nnz = 4"),
+    "tiles of experts": experts_of("[1, 1, 1]", "[1, 1, 2]", TILED.replace("2", "1")),
     "elements of an expert": experts_of("[1, 1, 1]", "[1, -1, -1]", "nnz = 20"),
 }
 

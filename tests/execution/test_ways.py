@@ -72,8 +72,10 @@ def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(tmp_pat
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        *product(FLOATS[::2] + INTEGERS[1::2], ["2:4", "whole rows", "channels"]),
-        *product(FLOATS[1::2] + INTEGERS[::2], ["4:8", "over all tensors", "blocks along rows"]),
+        *product(FLOATS[::2] + INTEGERS[1::2], ["2:4", "whole rows", "channels", "transposable 2:4"]),
+        *product(
+            FLOATS[1::2] + INTEGERS[::2], ["4:8", "over all tensors", "blocks along rows", "transposable 2:4"]
+        ),
     ],
     ids=str,
 )
@@ -116,6 +118,8 @@ def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> 
         ("2:4 down the columns", "Strided"),
         ("blocks of 8x4 in rows", "Strided"),
         ("transposed", "Strided"),
+        ("transposable 2:4", "Strided"),
+        ("tiles of experts", "Strided"),
         ("whole rows", "Contiguous"),
         ("whole tensors", "RadixSelect"),
         ("over all tensors", "RadixSelect"),

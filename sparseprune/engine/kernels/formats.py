@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 class Format(Struct, frozen=True):
     """One float dtype; `pattern` is the numpy dtype of its bits, a key is a pattern without its sign.
 
-    `largest` is the last key that is not NaN, `infinity` the first that is no finite number. `shift` and
-    `scale` turn keys into values; an F64 key is its own value.
+    `mantissa` is how many bits a key has below its exponent. `largest` is the last key that is not NaN,
+    `infinity` the first that is no finite number. `shift` and `scale` turn keys into values; an F64 key is
+    its own value.
     """
 
     name: str
     pattern: str
+    mantissa: int
     largest: int
     infinity: int
     shift: int = 0
@@ -79,12 +81,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         row.name: row
         for row in (
-            Format("F64", "uint64", 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
-            Format("F32", "uint32", 0x7F80_0000, 0x7F80_0000),
-            Format("BF16", "uint16", 0x7F80, 0x7F80, 16),
-            Format("F16", "uint16", 0x7C00, 0x7C00, 13, 2.0**112),
-            Format("F8_E5M2", "uint8", 0x7C, 0x7C, 21, 2.0**112),
-            Format("F8_E4M3", "uint8", 0x7E, 0x7F, 20, 2.0**120),
+            Format("F64", "uint64", 52, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
+            Format("F32", "uint32", 23, 0x7F80_0000, 0x7F80_0000),
+            Format("BF16", "uint16", 7, 0x7F80, 0x7F80, 16),
+            Format("F16", "uint16", 10, 0x7C00, 0x7C00, 13, 2.0**112),
+            Format("F8_E5M2", "uint8", 2, 0x7C, 0x7C, 21, 2.0**112),
+            Format("F8_E4M3", "uint8", 3, 0x7E, 0x7F, 20, 2.0**120),
         )
     }
 )
