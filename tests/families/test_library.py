@@ -21,6 +21,7 @@ SERVED = {
     "2of4-admm": ("llama", "mixtral", "bert"),
     "4of8": ("llama", "mixtral"),
     "nofm": ("llama", "gpt_oss"),
+    "vnm": ("llama", "gpt_oss"),
     "pairs-4of8": ("llama", "vit"),
     "coupled-2of4": ("llama", "phi3", "llama4"),
     "block16": ("llama",),
@@ -31,6 +32,7 @@ SERVED = {
     "unstructured-gradual": ("llama", "mixtral"),
     "mlp-channels": ("llama", "llama_without_head", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
         "deepseek_v3", "gpt_oss", "llama4", "bert_for_masked_lm", "vit"),
+    "mlp-channels-2of4": ("llama", "mixtral", "gpt_oss", "gpt2", "phi3", "bert"),
     "mlp-channels-global": ("llama", "mixtral"),
     "mlp-channels-admm": ("llama", "llama_without_head", "qwen2", "phi3", "bert", "bert_for_masked_lm"),
     "heads": ("llama", "llama_without_head", "qwen2", "phi3", "gpt2", "gpt2_without_head", "mixtral",
@@ -101,7 +103,7 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     if shared:  # their parts were in the report
         assert [one["nonzero"] - one["allowed"] for one in shared] == [1]
     else:
-        assert found["totals"]["broken"] == 1
+        assert 1 <= found["totals"]["broken"] <= len(found["rules"])  # once for each level
         assert name in [tensor["name"] for tensor in found["tensors"] if tensor["broken"]]
     against_masks = run("verify", tuned, "--masks", pruned, "-q")
     assert against_masks.code == 1
@@ -142,5 +144,5 @@ def test_what_a_user_may_set_stands_in_vars(spec: str) -> None:
     document = tomllib.loads(find_spec(spec).text)
     rules = [*document.get("scope", {}).values(), *document.get("scope_coupling", {}).values()]
     budgets = [rule[key] for rule in rules for key in ("nnz", "sparsity") if key in rule]
-    assert len(set(budgets)) == 1
-    assert budgets[0] in document.get("vars", {}) or re.search("4of8|2of4|block16$", spec)
+    assert len(set(budgets)) == 1 + sum("within" in rule for rule in rules)
+    assert set(budgets) & document.get("vars", {}).keys() or re.search("4of8|2of4|block16$", spec)
