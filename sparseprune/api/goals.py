@@ -12,6 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.api.bisection import Search, Values
 from sparseprune.api.run import weight_bytes
@@ -99,6 +100,10 @@ def reach(goal: Goal, given: Bound, *, removed: bool) -> TargetReached:
     """
     if goal.unit == "size" and not removed:
         raise goal.refused("zeros do not shrink a file; remove cuts out what a spec drops as a whole")
+    nested = next((rule for rule in given.bound.rules if rule.within is not None), None)
+    if nested is not None and not removed:
+        raise goal.refused(f"only the data tells what {nested.name} drops of what {nested.within} keeps")
+    given = replace(given, bound=given.bound.outermost)
     knob = _chosen(goal, given)
     try:
         worth = worth_of(goal.unit, given.checkpoint.tensors, given.config)

@@ -46,7 +46,8 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
 from sparseprune.execution.plan import rebuilding_rules
 from sparseprune.report.coverage import idle_lines
-from sparseprune.report.wording import other_weights, some_of
+from sparseprune.report.wording import many, other_weights, some_of
+from sparseprune.spec.problems import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -289,7 +290,7 @@ def _lay_out_masks(prepared: Prepared, final: OutputLayout) -> OutputLayout:
     """The scratch output for masks, and for weights that are shrunk or rebuilt."""
     plan = prepared.plan
     instances = [instance for _, instance in plan.bound.instances()]
-    rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
+    rebuilt = any(one.soft or one.reconstruct or one.within for one in instances)
     return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
 
 
@@ -352,7 +353,10 @@ def _by_spec(run: Run, prepared: Prepared, output: Output, decisions: BlockDecis
         output.flush()
         if decisions is None:
             masks, rebuilt = open_choice(output)
-            kept = _kept_by(run, prepared.machine.jobs, masks, reader, schedule.limits)
+            if plan.bound.outer:
+                kept = _left_by(run, prepared, masks, reader)
+            else:
+                kept = _kept_by(run, prepared.machine.jobs, masks, reader, schedule.limits)
     found = summed_up(outcomes)
     return Choice(
         source=prepared.source.source,
@@ -392,6 +396,18 @@ def _kept_by(
     total = sum(mask.stored.nbytes for mask in masks)
     with run.progress("reading masks", total) as advance:
         return read_slices(masks, reader, limits, jobs, advance)
+
+
+def _left_by(
+    run: Run, prepared: Prepared, masks: Sequence[StoredMask], reader: SourceOfBytes
+) -> dict[str, KeptIndices]:
+    from sparseprune.execution.regions import Resources
+    from sparseprune.removal.slices import slices_left
+
+    plan, total = prepared.plan, sum(mask.stored.nbytes for mask in masks)
+    resources = Resources(prepared.machine.jobs, prepared.schedule.limits.memory)
+    with run.progress("reading masks", total) as advance:
+        return slices_left(plan.bound, masks, plan.checkpoint.tensors, reader, resources, advance)
 
 
 def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
@@ -475,7 +491,32 @@ def _removed(
     with run.progress("removing", total, already) as advance:
         cuts.write(reader, output, asked.machine.jobs, advance)
     warn_of_broken(run, earlier, output)
+    if choice.prepared is not None and choice.prepared.plan.bound.outer:
+        run.warn(*_broken_inside(choice.prepared, output))
     return _result(run, asked, choice, removal, layout)
+
+
+def _broken_inside(prepared: Prepared, output: Output) -> Iterator[str]:
+    """A line for each nested rule whose pattern the output no longer has, where cuts moved its neighbours."""
+    from sparseprune.checkpoint import TensorReader
+    from sparseprune.execution.verify import count_survivors, make_check
+
+    inner = {rule.name for rule in prepared.plan.bound.rules if rule.within is not None}
+    machine = prepared.machine
+    try:
+        check = make_check(output.written(), prepared.spec, machine.memory, machine.jobs)
+    except SpecError as error:
+        yield f"whether the output has the patterns of {listed(sorted(inner))} is not known: {error.args[0]}"
+        return
+    with TensorReader() as reader:
+        found = count_survivors(check, reader, lambda *_: None)
+    for rule in found.rules:
+        if rule.broken and rule.name in inner:
+            broken = f"{rule.broken:,} of {many(rule.scopes, 'scope')}"
+            yield (
+                f"{rule.name} no longer holds in {broken}: what was cut out moved neighbours; let the outer "
+                "rule drop whole groups of them"
+            )
 
 
 def _result(

@@ -224,11 +224,10 @@ def preview(
     tensors = plan.checkpoint.tensors
     known: dict[object, Sliced | None] = {}
     look = looker(tensors, known)
-    found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
+    rules = plan.bound.outermost.rules  # what others drop inside of these stays as zeros
+    found = {rule.name: _not_removable(rule, plan, look) for rule in rules}
     reasons = {name: reason for name, reason in found.items() if reason is not None}
-    instances = [
-        instance for rule in plan.bound.rules if rule.name not in reasons for instance in rule.instances
-    ]
+    instances = [instance for rule in rules if rule.name not in reasons for instance in rule.instances]
     fits = all(one is None or one.size <= _LARGEST for one in known.values())
     if not instances or not fits or not all(map(_tells_counts, instances)):
         return Preview(reasons)

@@ -6,7 +6,7 @@ Owns folding both into slices; a mask that is not made of whole slices is refuse
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import Struct
@@ -14,11 +14,13 @@ from msgspec import Struct
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Resources
+from sparseprune.execution.plan import Task
+from sparseprune.execution.regions import SLAB_BYTES, Resources, leaves_of
 from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.two_pass import block_norms, by_leaf
+from sparseprune.execution.within import left_in
 from sparseprune.removal.preview import looker
 
 if TYPE_CHECKING:
@@ -26,15 +28,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import Sink, Source, StoredMask
+    from sparseprune.checkpoint import Sink, Source, StoredMask, StoredTensor
     from sparseprune.execution.passes import TensorOutcome
-    from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule
     from sparseprune.execution.strategy import BlockNorms
     from sparseprune.removal.preview import Look, Sliced
-    from sparseprune.spec import BoundBlock
+    from sparseprune.spec import BoundBlock, BoundSpec
 
     Flags = NDArray[np.bool_]
     Seen = tuple[int, Flags, Flags, int]  # first element, rows and columns that are kept, kept elements
@@ -207,8 +208,9 @@ def block_decisions(schedule: Schedule) -> BlockDecisions | None:
     """The decisions of a schedule as flags of blocks; None where some task needs masks on disk.
 
     Survivors that are shrunk or rebuilt need their new weights, and the torch engine decides on its device.
+    Of nested scopes the outer ones leave zeros behind that inner ones make.
     """
-    if schedule.uses_torch:
+    if schedule.uses_torch or schedule.outer:
         return None
     tensors, tasks = schedule.plan.checkpoint.tensors, []
     for task in (task for group in schedule.groups for task in group.tasks):
@@ -232,6 +234,55 @@ def read_slices(
     jobs = (Job(number, str(number), one.mask.name, one) for number, one in passes)
     found = read_through(jobs, TensorIO(reader), Resources(workers, limits.memory), progress)
     return {mask.name: found[place] for place, mask in enumerate(masks)}
+
+
+def slices_left(
+    bound: BoundSpec,
+    masks: Sequence[StoredMask],
+    tensors: Mapping[str, StoredTensor],
+    reader: Source,
+    resources: Resources,
+    progress: Progress,
+) -> dict[str, KeptIndices]:
+    """What rules leave that others are nested in: their blocks go where masks keep nothing of them.
+
+    What the inner rules drop of the other blocks cuts nothing out. `progress` as for `read_slices`.
+    """
+    named = {mask.name: mask for mask in masks}
+    jobs: list[Job] = []
+    for rule, instance in bound.outermost.instances():
+        names = dict.fromkeys(leaf.tensor for leaf in instance.scope.leaves)
+        task = Task(rule.name, instance, within=tuple(named[name] for name in names if name in named))
+        jobs.append(Job(len(jobs), str(len(jobs)), task.part, FindLeft(task, SLAB_BYTES)))
+    found = read_through(jobs, TensorIO(reader, tensors=tensors), resources, progress)
+    leaves = (pair for job in jobs for pair in found[job.order])
+    return kept_of(leaves, looker(tensors), {name: tensors[name].shape for name in named})
+
+
+@dataclass(frozen=True, slots=True)
+class FindLeft(Pass):
+    """Finds the blocks of a task of which its masks keep an element, leaf by leaf."""
+
+    task: Task
+    elements: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        for leaf in self.task.instance.scope.leaves:
+            numel = prod(leaf.view_shape)
+            yield Chunk(leaf, numel // 8, 4 * min(numel, self.elements) + prod(leaf.grid_shape))
+
+    def work(self, chunk: Chunk, io: TensorIO) -> NDArray[np.uint8]:
+        return left_in(self.task, chunk.about, self.elements, io)
+
+    def merge(self, partials: list[Any], io: TensorIO) -> list[tuple[BoundBlock, Flags]]:  # noqa: ARG002
+        """Leaves with flat flags of their blocks; fused ones share theirs."""
+        left, found = iter(partials), []
+        for member in self.task.instance.scope.members:
+            each = leaves_of(member.block)
+            common = np.logical_or.reduce([next(left).transpose(order) for _, order in each])
+            for leaf, order in each:
+                found.append((leaf, np.ascontiguousarray(common.transpose(np.argsort(order))).reshape(-1)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,12 @@ def planned_removal(planned: Preview) -> results.PlannedRemoval:
     )
 
 
-def _rule_removal(names: Iterable[str], rule: str, tensors: Tensors, planned: Preview) -> results.RuleRemoval:
-    reason, shapes = planned.reasons.get(rule), planned.shapes
+def _rule_removal(
+    names: Iterable[str], rule: BoundRule, tensors: Tensors, planned: Preview
+) -> results.RuleRemoval:
+    reason, shapes = planned.reasons.get(rule.name), planned.shapes
+    if rule.within is not None:
+        reason = f"what it drops of what {rule.within} keeps stays as zeros"
     if reason is not None or shapes is None:
         return results.RuleRemoval(removable=reason is None, reason=reason, becomes=None)
     alike: dict[tuple[Shape, Shape | None], list[str]] = {}
@@ -177,7 +181,7 @@ def rule_plan(
         numel=sum([count.numel for count in counts]),
         pruned=sum(pruned) if len(pruned) == len(counts) else None,
         forms=_forms(forms.values(), tensors),
-        removal=_rule_removal(names, rule.name, tensors, planned),
+        removal=_rule_removal(names, rule, tensors, planned),
         allocation=allocated_instances(rule),
         within=rule.within,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod, surviving
 
@@ -299,6 +300,11 @@ class BoundSpec(Struct, frozen=True):
     def levels(self, name: str) -> tuple[str, ...]:
         """The names of the rules that a rule is within, outermost first, and its own."""
         return levels_of(name, {rule.name: rule.within for rule in self.rules})
+
+    @property
+    def outermost(self) -> BoundSpec:
+        """The rules that are within none."""
+        return replace(self, rules=tuple([rule for rule in self.rules if rule.within is None]))
 
     @property
     def outer(self) -> frozenset[str]:
