@@ -306,7 +306,7 @@ def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
         wrong = ranked.without_rank()
         if wrong.any():
             place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
-            element = Elements(ranked.bits[place], ranked.dtype)
+            element = Elements(np.atleast_1d(ranked.bits[place]), ranked.dtype)
             scored = elements is not None and not elements.weights
             raise _nonfinite_error(loaded, place, element, scored=scored)
 

@@ -26,7 +26,7 @@ from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass
 from sparseprune.execution.regions import Part, block_part, members_of, regions_of, tiles
 from sparseprune.execution.torch_tiles import Tile, halves, read_parts
 from sparseprune.execution.two_pass import digit_of
-from sparseprune.execution.within import CountLeft, Search, has_share
+from sparseprune.execution.within import Search, told_survivors
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
@@ -293,10 +293,7 @@ def out_of_core(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...]
     nnz = task.instance.budget.nnz
     if nnz is None:
         raise TypeError(f"{task.instance.label}: a threshold decides every block alone")
-    search = _search(task, strategy, decisions, nnz)
-    if has_share(task):
-        return CountLeft(task, len(decisions), strategy.elements, strategy.memory, search)
-    return search
+    return told_survivors(task, len(decisions), strategy, _search(task, strategy, decisions, nnz))
 
 
 def _search(

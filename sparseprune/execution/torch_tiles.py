@@ -190,7 +190,7 @@ class Tile:
     def _allowed(self) -> dict[BlockSpec, Tensor]:
         """What the masks of an earlier step keep, of blocks that have one: bool, as the leaves see them."""
         return {
-            spec: uploaded(np.ascontiguousarray(kept).view(np.bool_), self._io.device)
+            spec: uploaded(np.array(kept, order="C").view(np.bool_), self._io.device)
             for spec, one in self.leaves()
             if (kept := one.kept_view) is not None
         }

@@ -25,7 +25,7 @@ from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite, refuse_nonfinite_bits
 from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
 from sparseprune.execution.tiles import RegionPass, region_chunks
-from sparseprune.execution.within import CountLeft, Search, has_share, keep_among, left_in
+from sparseprune.execution.within import Search, keep_among, left_in, told_survivors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -414,9 +414,7 @@ def radix_select(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...] = ()) 
     """The first pass over single elements in scopes up to a whole model; `cuts` decide the first scopes."""
     shift = DIGIT_BITS * (strategy.passes - 2)
     search = CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, shift)
-    if has_share(task):
-        return CountLeft(task, len(cuts), strategy.elements, strategy.memory, search)
-    return search
+    return told_survivors(task, len(cuts), strategy, search)
 
 
 def digit_of(counts: Counts, k: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import count_in
 from sparseprune.engine.kernels.selecting import ranks_among, select_each, select_keys
 from sparseprune.execution.passes import Chunk, Pass
@@ -34,16 +35,12 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock
+    from sparseprune.execution.strategy import RadixSelect, TorchOutOfCore
     from sparseprune.execution.tensor_io import Mask, TensorIO
     from sparseprune.spec import BoundBlock
     from sparseprune.spec.bound import Budget
 
     Counts = NDArray[np.int64]
-
-
-def has_share(task: Task) -> bool:
-    """Whether a share of what masks leave in each scope goes: how much survives they alone tell."""
-    return bool(task.within) and task.instance.budget.share is not None
 
 
 def surviving_each(budget: Budget, left: Counts) -> Counts:
@@ -145,3 +142,10 @@ class CountLeft(Pass):
 
     def decided(self, value: object) -> Pass | None:
         return self.search.decided(value)
+
+
+def told_survivors(task: Task, number: int, strategy: RadixSelect | TorchOutOfCore, search: Search) -> Pass:
+    """The search in scope `number`; where a share of what masks leave goes, what they leave comes first."""
+    if not task.within or task.instance.budget.share is None or not prod(task.instance.scope.grid_shape):
+        return search
+    return CountLeft(task, number, strategy.elements, strategy.memory, search)

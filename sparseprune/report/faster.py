@@ -109,7 +109,7 @@ def _patterns(instance: BoundInstance) -> Iterator[tuple[BoundBlock, tuple[int, 
     if nnz is None or len(instance.scope.members) != 1:
         return
     (member,) = instance.scope.members
-    *others, group = member.shape
+    *others, group = member.shape or (1,)  # a tensor may have no dimension
     if member.transposable:  # of each row of its tiles as many survive
         others, nnz = [*others[:-1], 1], nnz // group
     if not others or any(extent != 1 for extent in others):

@@ -13,8 +13,7 @@ import sparseprune
 from tests import oracle
 from tests.cli.removal import LLAMA, decoder, write
 from tests.commands import ok, refused, run, silent, valid
-from tests.execution.structures import CASES, FLOATS, INTEGERS
-from tests.limits import force, narrow
+from tests.execution.structures import FLOATS, INTEGERS
 
 Tensors = dict[str, torch.Tensor]
 ROWS, COLUMNS = 6, 12
@@ -186,34 +185,6 @@ def test_zeros_of_every_dtype_tie_and_the_mask_decides(tmp_path: Path, name: str
     masks = sparseprune.load_masks(tmp_path / "second")
     wanted = expected(name, second, {each: one.to(torch.float64) for each, one in tuned.items()}, earlier)
     assert all(torch.equal(masks[each], wanted[each]) for each in wanted)
-
-
-@pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("name", [name for name, (spec, _) in CASES.items() if "transposable" not in spec])
-def test_every_way_and_cut_keeps_within_the_masks(tmp_path: Path, name: str) -> None:
-    spec, make = CASES[name]
-    tensors = make(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    drawn = {each: torch.rand(one.shape, generator=generator) < 0.6 for each, one in tensors.items()}
-    save_file(drawn, tmp_path / "masks.safetensors")
-    written(tmp_path / "in", tensors)
-    (tmp_path / "spec.toml").write_text(spec)
-    words = (tmp_path / "in", tmp_path / "spec.toml", "--within", tmp_path / "masks.safetensors", "-q")
-    found: list[Tensors] = []
-    for way, cut in [("torch_in_memory", (1 << 20, 1 << 18)), ("torch_in_memory", (64, 16)),
-                     ("torch_out_of_core", (64, 16)), ("contiguous", (1, 1))]:  # fmt: skip
-        out = tmp_path / f"{way}{cut[0]}"
-        with pytest.MonkeyPatch.context() as patch:
-            narrow(patch, *cut)
-            force(patch, way)
-            run("apply", *words, "-o", out)
-        masks = sparseprune.load_masks(out)
-        assert subset(masks, drawn)
-        weights = load_file(out / "model.safetensors")
-        assert all(not weights[each][~mask].count_nonzero() for each, mask in masks.items())
-        found.append({**{f"{each}.mask": mask for each, mask in masks.items()}, **weights})
-    for other in found[1:]:
-        assert all(torch.equal(each, other[key]) for key, each in found[0].items())
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

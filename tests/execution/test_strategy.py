@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from sparseprune.checkpoint import StoredMask
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.inputs import TaskInput
 from sparseprune.execution.plan import Task
@@ -20,6 +22,7 @@ from sparseprune.execution.strategy import (
     BlockNorms,
     Contiguous,
     RadixSelect,
+    Strided,
     TorchInMemory,
     TorchOutOfCore,
     choose,
@@ -183,6 +186,28 @@ def test_structures_beside_each_other_and_their_ways(
     scope: BoundScope, dtype: str, budget: Budget, way: type[Strategy]
 ) -> None:
     assert type(asked(scope, dtype, budget).choose(ROOM)) is way
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "transposed", "way"),
+    [
+        ((1, 1), (1, 4), False, Contiguous),
+        ((1, 1), (1, 4), True, Strided),
+        ((1, 1), (-1, -1), False, RadixSelect),
+        ((-1, 1), (1, -1), False, BlockNorms),
+    ],
+)
+def test_what_masks_keep_is_part_of_the_memory_of_a_way(
+    block: Shape, shape: Shape, transposed: bool, way: type[Strategy]
+) -> None:
+    one = asked(matrix(HUGE, block, shape, transposed=transposed), "BF16", Budget(nnz=2))
+    masks = tuple(StoredMask(name, stored, stored.shape, "packed") for name, stored in one.tensors.items())
+    told = one.choose(ROOM)
+    inside = Asked(replace(one.task, within=masks), one.tensors).choose(ROOM)
+    assert type(told) is type(inside) is way
+    assert inside.elements == told.elements
+    assert inside.memory >= told.memory + 2 * told.elements  # a byte of the mask as it is, one in order
+    assert_bounded(inside, ROOM)
 
 
 def test_a_scope_of_some_slabs_is_decided_at_once_and_a_larger_one_counted() -> None:

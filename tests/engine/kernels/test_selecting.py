@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sparseprune.engine.kernels import selecting
-from sparseprune.engine.kernels.selecting import PAIRWISE_LIMIT, select_keys
+from sparseprune.engine.kernels.selecting import PAIRWISE_LIMIT, ranks_among, select_each, select_keys
 from tests import oracle
 
 WIDTHS = (8, 16, 32, 64)
@@ -134,3 +134,26 @@ def test_the_first_ones_survive_when_all_tie(width: int, blocks: int) -> None:
         for nnz in range(blocks + 1):
             expected = ([1] * nnz + [0] * (blocks - nnz)) * 3
             assert selected(bits, WITHOUT_SIGN[width], blocks, nnz) == expected
+
+
+@given(problems(), st.integers(0, 1 << 32))
+def test_each_scope_keeps_a_number_of_its_own(problem: tuple[NDArray[Any], int, int, int], seed: int) -> None:
+    bits, magnitude, blocks, _ = problem
+    chance = np.random.default_rng(seed)
+    each = chance.integers(0, blocks, bits.size // blocks, endpoint=True)
+    keep = np.full(bits.size, 7, dtype=np.uint8)
+    select_each(bits, magnitude, blocks, each, keep)
+    scopes = np.split(bits, len(each)) if len(each) else []
+    wanted = [by_loops(scope, magnitude, blocks, nnz) for scope, nnz in zip(scopes, each, strict=True)]
+    assert keep.tolist() == [one for scope in wanted for one in scope]
+
+
+@given(problems(), st.integers(0, 1 << 32))
+def test_what_is_not_left_ranks_below_all_others(
+    problem: tuple[NDArray[Any], int, int, int], seed: int
+) -> None:
+    bits, magnitude, _, _ = problem
+    bits = bits & bits.dtype.type(magnitude >> 1)  # a rank is one above its key
+    left = np.random.default_rng(seed).integers(0, 1, bits.size, dtype=np.uint8, endpoint=True)
+    wanted = [(int(one) + 1) * int(kept) for one, kept in zip(bits, left, strict=True)]
+    assert ranks_among(bits, magnitude, left).tolist() == wanted
