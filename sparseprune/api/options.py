@@ -344,7 +344,8 @@ Pattern = Annotated[
     _Words,
     Option(
         "--pattern N:M[@AXIS]",
-        "Also look for this pattern, along the last dimension or along AXIS. Repeat it for several.",
+        "Also look for this pattern, along the last dimension, along AXIS, or along the last two: @both. "
+        "Repeat it for several.",
         "Report",
     ),
 ]

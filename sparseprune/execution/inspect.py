@@ -52,19 +52,29 @@ if TYPE_CHECKING:
     Numbers = NDArray[np.int64]
     Progress = Callable[[int, str], None]
 
-_PATTERN = re.compile(r"(?P<kept>[0-9]{1,9}):(?P<group>[0-9]{1,9})(@(?P<axis>-?[0-9]{1,2}))?")
+_PATTERN = re.compile(r"(?P<kept>[0-9]{1,9}):(?P<group>[0-9]{1,9})(@(?P<axis>-?[0-9]{1,2}|both))?")
 _BLOCK = re.compile(r"(?P<rows>[0-9]{1,9})x(?P<columns>[0-9]{1,9})")
 
 
 class Pattern(Struct, frozen=True):
-    """N:M sparsity: of M neighbours along a dimension at most N are not zero; by default along the last."""
+    """N:M sparsity: of M neighbours along a dimension at most N are not zero; by default along the last.
+
+    Along `both` of the last two it is transposable: each row and column of tiles of M x M has at most N.
+    """
 
     kept: int
     group: int
     axis: int = -1
+    both: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The dimensions along which it has to hold, the one of the neighbours farthest apart first."""
+        return (-2, -1) if self.both else (self.axis,)
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.group}" + ("" if self.axis == -1 else f"@{self.axis}")
+        along = "@both" if self.both else "" if self.axis == -1 else f"@{self.axis}"
+        return f"{self.kept}:{self.group}{along}"
 
 
 class BlockShape(Struct, frozen=True):
@@ -77,7 +87,7 @@ class BlockShape(Struct, frozen=True):
         return f"{self.rows}x{self.columns}"
 
 
-PATTERNS = (Pattern(1, 2), Pattern(2, 4), Pattern(4, 8))
+PATTERNS = (Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(2, 4, both=True))
 BLOCKS = (BlockShape(4, 4), BlockShape(16, 16), BlockShape(32, 32))
 
 
@@ -137,16 +147,20 @@ def matrices_of(shape: Shape) -> tuple[int, int, int] | None:
 
 
 def pattern_of(text: str) -> Pattern:
-    """A pattern as `--pattern` takes it: N:M, or N:M@AXIS.
+    """A pattern as `--pattern` takes it: N:M, N:M@AXIS, or N:M@both.
 
-    >>> pattern_of("2:4"), pattern_of("1:16@0")
-    (Pattern(kept=2, group=4, axis=-1), Pattern(kept=1, group=16, axis=0))
+    >>> pattern_of("1:16@0"), str(pattern_of("2:4@both"))
+    (Pattern(kept=1, group=16, axis=0, both=False), '2:4@both')
     """
     found = _PATTERN.fullmatch(text.strip())
     if found is not None and 0 <= int(found["kept"]) < int(found["group"]):
-        return Pattern(int(found["kept"]), int(found["group"]), int(found["axis"] or -1))
+        pair = int(found["kept"]), int(found["group"])
+        return (
+            Pattern(*pair, both=True) if found["axis"] == "both" else Pattern(*pair, int(found["axis"] or -1))
+        )
     raise SparsepruneError(
-        f"--pattern {text}: wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0"
+        f"--pattern {text}: wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0, or "
+        "N:M@both"
     )
 
 
@@ -342,12 +356,17 @@ class Form(Struct, frozen=True):
             for place in asked:
                 holding[:, place] = fullest[self.patterns[place].group] <= self.patterns[place].kept
         for some in (words[:, : self.unit[0], : self.unit[1]], words):
-            asked = [place for place in np.flatnonzero(holding.any(axis=0)).tolist() if not in_words[place]]
+            asked = [
+                place
+                for place in np.flatnonzero(holding.any(axis=0)).tolist()
+                if not in_words[place] or self.patterns[place].both
+            ]
             marks = unpacked(some, self.stack[2]) if asked else np.empty(0, dtype=np.bool_)
             for place in asked:
                 pattern = self.patterns[place]
-                counts = counts_along(marks.reshape(-1, pattern.group, _inside(self.shape, pattern)))
-                holding[:, place] &= counts.reshape(len(words), -1).max(axis=1) <= pattern.kept
+                for axis in pattern.axes:
+                    counts = counts_along(marks.reshape(-1, pattern.group, _inside(self.shape, axis)))
+                    holding[:, place] &= counts.reshape(len(words), -1).max(axis=1) <= pattern.kept
         return holding
 
     def _slices(self, found: Found, at: int, rows: Zeros, columns: Zeros) -> tuple[Zeros, ...]:
@@ -374,9 +393,7 @@ def form_of(dtype: str, shape: Shape, questions: Questions, *, is_read: bool = T
     asked = {(1, columns), (rows, 1), *((one.rows, one.columns) for one in questions.blocks)}
     sizes = tuple(sorted({_cut_off(size, stack) for size in asked}))
     patterns = tuple(one for one in dict.fromkeys(questions.patterns) if _is_in(shape, one))
-    groups = [
-        one.group * prod(shape[one.axis % len(shape) + 1 :]) for one in patterns
-    ]  # elements that one spans
+    groups = [one.group * _inside(shape, one.axes[0]) for one in patterns]  # elements that one spans
     heights = [height for height, _ in sizes if height < rows]
     together = math.lcm(
         *heights, *(group // columns for group in groups if columns < group <= rows * columns)
@@ -393,15 +410,17 @@ def _holds(pattern: Pattern, word: int) -> bool:
     return all((word >> at & members).bit_count() <= pattern.kept for at in range(0, WORD, pattern.group))
 
 
-def _inside(shape: Shape, pattern: Pattern) -> int:
-    """How many elements lie between two members of a group."""
-    return prod(shape[pattern.axis % len(shape) + 1 :])
+def _inside(shape: Shape, axis: int) -> int:
+    """How many elements lie between two members of a group along a dimension."""
+    return prod(shape[axis % len(shape) + 1 :])
 
 
 def _is_in(shape: Shape, pattern: Pattern) -> bool:
-    """Whether a tensor has a pattern's dimension, in whole groups."""
+    """Whether a tensor has a pattern's dimensions, in whole groups."""
     rank = len(shape)
-    return 0 not in shape and -rank <= pattern.axis < rank and shape[pattern.axis] % pattern.group == 0
+    return 0 not in shape and all(
+        -rank <= axis < rank and shape[axis] % pattern.group == 0 for axis in pattern.axes
+    )
 
 
 @lru_cache(maxsize=256)

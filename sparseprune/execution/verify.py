@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from msgspec import Struct
@@ -110,8 +110,9 @@ def _by_tensor(task: Task, found: Found, tensors: Mapping[str, StoredTensor]) ->
 def _checked_rule(rule: BoundRule, parts: Sequence[tuple[Task, Found]]) -> CheckedRule:
     total = joined([found for _, found in parts])
     instances = rule.instances
+    name, along = _name_and_lines(rule.name, [instance.form for instance in instances])
     return CheckedRule(
-        name=rule.name,
+        name=name,
         instances=len(instances),
         tensors=len({leaf.tensor for instance in instances for leaf in instance.scope.leaves}),
         scopes=sum(total.scopes.values()),
@@ -125,6 +126,7 @@ def _checked_rule(rule: BoundRule, parts: Sequence[tuple[Task, Found]]) -> Check
         survivors=tuple(sorted(total.scopes.items())),
         unchecked=UNCHECKED if instances and not parts else None,
         together=_together(parts),
+        along=along,
     )
 
 
@@ -143,6 +145,7 @@ def _together(parts: Sequence[tuple[Task, Found]]) -> SharedSurvivors | None:
 def _checked_tensor(name: str, rule: str, parts: Sequence[_Reached]) -> CheckedTensor:
     nnz = {part.task.instance.budget.nnz for part in parts}
     thresholds = {part.task.instance.budget.threshold for part in parts}
+    rule, along = _name_and_lines(rule, [part.task.instance.form for part in parts])
     return CheckedTensor(
         name=name,
         rule=rule,
@@ -152,6 +155,7 @@ def _checked_tensor(name: str, rule: str, parts: Sequence[_Reached]) -> CheckedT
         broken=sum(part.found.broken for part in parts),
         torn=sum(part.partly for part in parts),
         first=next((_first(part, part.found.first) for part in parts if part.found.first is not None), None),
+        along=along,
     )
 
 
@@ -226,9 +230,20 @@ def _by_rows_and_columns(bound: BoundSpec) -> BoundSpec:
             [_lines(instance, place) for instance in rule.instances if _is_tiled(instance)]
             for place in (0, 1)
         )
-        rules.append(BoundRule(f"{rule.name} rows", (*others, *rows)))
+        if others:
+            rules.append(BoundRule(rule.name, tuple(others)))
+        rules.append(BoundRule(f"{rule.name} rows", tuple(rows)))
         rules.append(BoundRule(f"{rule.name} columns", tuple(columns)))
     return replace(bound, rules=tuple(rules))
+
+
+def _name_and_lines(rule: str, forms: Iterable[int]) -> tuple[str, Literal["rows", "columns"] | None]:
+    """The name that the spec has for a rule of `_by_rows_and_columns`, and the lines that it checks."""
+    lowest = min(forms, default=0)
+    if lowest >= 0:
+        return rule, None
+    lines: Literal["rows", "columns"] = "rows" if lowest % 2 else "columns"
+    return rule.removesuffix(f" {lines}"), lines
 
 
 def _is_tiled(instance: BoundInstance) -> bool:

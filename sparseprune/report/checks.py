@@ -101,7 +101,8 @@ def failures(found: Verification) -> list[str]:
 def _failure(tensor: CheckedTensor, first: BrokenScope) -> str:
     one = tensor.broken == 1
     noun = "block" if first.allowed is None else "scope"
-    share = f"{printable(tensor.name)}: {tensor.broken:,} of {many(tensor.scopes, noun)} of {tensor.rule}"
+    share = f"{printable(tensor.name)}: {tensor.broken:,} of {many(tensor.scopes, noun)}"
+    share += f" of {_rule_text(tensor.rule, tensor.along)}"
     place = f"{place_text(first.scope)} (element {place_text(first.element)})"
     if first.allowed is None:
         limit = "the threshold" if tensor.threshold is None else f"{tensor.threshold:g}"
@@ -117,13 +118,18 @@ def _failure(tensor: CheckedTensor, first: BrokenScope) -> str:
     return text
 
 
+def _rule_text(rule: str, along: str | None) -> str:
+    """A rule's name, and the lines of tiles that are its scopes."""
+    return f"{rule} {along}" if along else rule
+
+
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
 def _rules_table(rules: Sequence[CheckedRule]) -> FittedTable:
     facts: list[Fact[CheckedRule]] = [
-        Fact(Column("rule", "left"), lambda one: one.name),
+        Fact(Column("rule", "left"), lambda one: _rule_text(one.name, one.along)),
         Fact(Column("tensors", spare=1), lambda one: f"{one.tensors:,}"),
         Fact(Column("scopes"), lambda one: f"{one.scopes:,}"),
         Fact(Column("may survive"), lambda one: budget_text(one, "score")),
@@ -136,7 +142,7 @@ def _rules_table(rules: Sequence[CheckedRule]) -> FittedTable:
 def _broken_table(tensors: Iterable[CheckedTensor]) -> FittedTable:
     facts: list[Fact[tuple[CheckedTensor, BrokenScope]]] = [
         Fact(Column("tensor", "left"), lambda one: one[0].name),
-        Fact(Column("rule", "left", spare=3), lambda one: one[0].rule),
+        Fact(Column("rule", "left", spare=3), lambda one: _rule_text(one[0].rule, one[0].along)),
         Fact(Column("broken"), lambda one: f"{one[0].broken:,}"),
         Fact(Column("of", spare=2), lambda one: f"{one[0].scopes:,}"),
         Fact(Column("first scope", "left"), lambda one: place_text(one[1].scope)),

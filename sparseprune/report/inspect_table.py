@@ -73,7 +73,9 @@ def notes(found: Inspection) -> Iterator[RenderableType]:
     if found.made_by is not None:
         yield Text(made_text(found.made_by))
     satisfied = ", ".join(
-        f"{pattern} by {many(number, 'tensor')}" for pattern, number in totals.patterns.items() if number
+        f"{pattern.replace('@both', ' transposable')} by {many(number, 'tensor')}"
+        for pattern, number in totals.patterns.items()
+        if number
     )
     yield Text(f"satisfied: {satisfied or 'no pattern by any tensor'}")
     unknown = [one for one in found.tensors if one.zeros is None]

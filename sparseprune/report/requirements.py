@@ -70,8 +70,8 @@ class Requirement(Struct, frozen=True):
 def parse_requirement(text: str, fields: Collection[str], runtimes: Collection[str] = ()) -> Requirement:
     """Read a condition; SparsepruneError where it has no meaning, with the nearest field or runtime.
 
-    >>> parse_requirement("2:4 in **_proj.weight", ["sparsity"]).pattern
-    Pattern(kept=2, group=4, axis=-1)
+    >>> str(parse_requirement("2:4@0 in **_proj.weight", ["sparsity"]).pattern)
+    '2:4@0'
     >>> parse_requirement("sparsity >= 50%", ["sparsity"]).comparison
     Comparison(field='sparsity', sign='>=', number=Fraction(1, 2), percent=True)
     """
@@ -137,7 +137,7 @@ def _pattern(what: str) -> Pattern:
         return pattern_of(what)
     except SparsepruneError:
         raise SparsepruneError(
-            "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0"
+            "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0, or N:M@both"
         ) from None
 
 
@@ -245,18 +245,19 @@ def _lacks_pattern(
     if not isinstance(tensor, InspectedTensor):
         raise _error(requirement, "N:M patterns are not looked for here; ask sparseprune inspect")
     rank = len(tensor.shape)
+    cut = [axis for axis in pattern.axes if -rank <= axis < rank and tensor.shape[axis] % pattern.group]
     if _is_unseen(tensor):
         found = _unseen_text(tensor)
     elif rank < 2:
         found = f"is {rank}-D"
     elif not -rank <= pattern.axis < rank:
         found = f"is {rank}-D and has no dimension {pattern.axis}"
-    elif pattern.axis % rank in axes_of(pattern, tensor.patterns, rank):
+    elif {axis % rank for axis in pattern.axes} <= axes_of(pattern, tensor.patterns, rank):
         return None
     elif 0 in tensor.shape:
         found = "is empty"
-    elif tensor.shape[pattern.axis] % pattern.group:
-        length = f"{tensor.shape[pattern.axis]} along dimension {pattern.axis % rank}"
+    elif cut:
+        length = f"{tensor.shape[cut[0]]} along dimension {cut[0] % rank}"
         found = f"has {length}, no multiple of {pattern.group}"
     else:
         found = f"satisfies {' '.join(tensor.patterns) or 'none'}"

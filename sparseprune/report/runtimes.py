@@ -290,7 +290,8 @@ def axes_of(pattern: Pattern, found: Collection[str], rank: int) -> set[int]:
     """
     wanted = f"{pattern.kept}:{pattern.group}"
     split = (text.partition("@") for text in found)
-    return {int(axis or -1) % rank for name, _, axis in split if name == wanted}
+    along = (("-1", "-2") if axis == "both" else (axis or "-1",) for name, _, axis in split if name == wanted)
+    return {int(axis) % rank for axes in along for axis in axes}
 
 
 def _input_axis(rank: int) -> int:

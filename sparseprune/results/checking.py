@@ -38,6 +38,12 @@ class BrokenScope(Record):
     allowed: Annotated[Count | None, Doc("null under a threshold")]
 
 
+Along = Annotated[
+    Literal["rows", "columns"] | None,
+    Doc("the lines of tiles that are scopes, where the rule is transposable; left out otherwise"),
+]
+
+
 class CheckedTensor(Record):
     """The scopes of a rule that reach a tensor."""
 
@@ -51,6 +57,7 @@ class CheckedTensor(Record):
         Count, Doc("fused blocks of too full scopes that are not zero in this tensor but zero in another")
     ]
     first: Annotated[BrokenScope | None, Doc("the first broken scope; null if there is none")]
+    along: Along = None
 
 
 class SharedSurvivors(Record):
@@ -88,6 +95,7 @@ class CheckedRule(Record):
             "of it: nnz is then the most that a part may be; left out otherwise"
         ),
     ] = None
+    along: Along = None
 
 
 class VerifyTotals(Record):

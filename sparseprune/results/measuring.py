@@ -21,7 +21,7 @@ from sparseprune.results.fields import (
     Share,
 )
 
-Pattern = Annotated[str, Doc(pattern="^[0-9]+:[0-9]+(@-?[0-9]+)?$")]
+Pattern = Annotated[str, Doc(pattern="^[0-9]+:[0-9]+(@(-?[0-9]+|both))?$")]
 
 
 class ZeroBlocks(Record):
@@ -89,7 +89,10 @@ class InspectedTensor(NamedTensor):
     nonfinite: NonFinite
     patterns: Annotated[
         tuple[Pattern, ...],
-        Doc("N:M: of M neighbours along the last dimension at most N are not zero; N:M@A: along dimension A"),
+        Doc(
+            "N:M: of M neighbours along the last dimension at most N are not zero; N:M@A: along dimension A; "
+            "N:M@both: along both of the last two, which is transposable N:M"
+        ),
     ]
     rows: Annotated[
         Count | None,
@@ -158,7 +161,7 @@ class InspectTotals(Record):
         Mapping[str, Count],
         Doc(
             "how many tensors satisfy each pattern that was looked for",
-            propertyNames={"pattern": "^[0-9]+:[0-9]+(@-?[0-9]+)?$"},
+            propertyNames={"pattern": "^[0-9]+:[0-9]+(@(-?[0-9]+|both))?$"},
         ),
     ]
     rows: Annotated[Count, Doc("of all matrices")]

@@ -32,6 +32,13 @@ def patterns_by_hand(tensor: torch.Tensor) -> list[str]:
         counts = [sum(value != 0 for value in values[at : at + group]) for at in range(0, len(values), group)]
         if max(counts) <= kept:
             found.append(f"{kept}:{group}")
+    tiled = tensor.ndim > 1 and tensor.numel() and not (tensor.shape[-2] % 4 or tensor.shape[-1] % 4)
+    if (
+        tiled
+        and "2:4" in found
+        and all(sum(map(bool, column)) <= 2 for column in tensor.to(torch.float64).mT.reshape(-1, 4).tolist())
+    ):
+        found.append("2:4@both")
     return found
 
 
@@ -45,6 +52,8 @@ SAMPLES = {
     "two of four": sparse((2, 8), [1, 2, 0, 0]),
     "four of eight": sparse((2, 8), [1, 2, 3, 4, 0, 0, 0, 0]),
     "one too many": torch.cat([sparse((2, 8), [1, 2, 0, 0]), torch.tensor([[0, 0, 1, 0, 0, 1, 1, 1.0]])]),
+    "tiles": sparse((2, 4, 8), [1, 1, 0, 0] * 4 + [0, 0, 1, 1] * 4),
+    "columns too full": sparse((4, 8), [1, 1, 0, 0]),
     "narrow": sparse((4, 6), [1, 0]),
     "three dimensions": sparse((2, 3, 8), [0, 1, 1, 0]),
     "all zero": torch.zeros(2, 8),
@@ -84,7 +93,7 @@ def test_json_agrees_with_plain_loops(checkpoint: Path) -> None:
     assert totals["pruned"] == sum(entry["zeros"] for entry in facts.values())
     assert totals["patterns"] == {
         pattern: sum(pattern in entry["patterns"] for entry in facts.values())
-        for pattern in ("1:2", "2:4", "4:8")
+        for pattern in ("1:2", "2:4", "4:8", "2:4@both")
     }
 
 
@@ -197,7 +206,7 @@ def test_patterns_and_blocks_that_are_asked_for_are_told(mlp: Path) -> None:
         "--pattern", "1:8", "--pattern", "2:4@0", "--pattern", "2:4", "--block", "8x1", "--block", "3x16",
     )  # fmt: skip
     document = valid(run("inspect", mlp, "--json", *words).out, "inspect")
-    assert list(document["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "1:8", "2:4@0"]
+    assert list(document["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "2:4@both", "1:8", "2:4@0"]
     down = next(entry for entry in document["tensors"] if entry["name"] == "0.down.weight")
     assert down["zero_blocks"]["8x1"] == {"zero": 2, "of": 16}
     assert down["zero_blocks"]["3x16"] == {"zero": 1, "of": 3}
@@ -214,7 +223,7 @@ def test_verdicts_bring_patterns_along_that_are_not_told(tmp_path: Path) -> None
         for entry in document["tensors"]
     }
     assert found == {"half": [True, True], "dense": [False, False], "filters": [False, True]}
-    assert list(document["totals"]["patterns"]) == ["1:2", "2:4", "4:8"]
+    assert list(document["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "2:4@both"]
     assert all("@" not in pattern for entry in document["tensors"] for pattern in entry["patterns"])
 
 
@@ -313,7 +322,7 @@ def test_requirements_fail_after_the_result_was_printed(mlp: Path) -> None:
 def test_a_required_pattern_is_looked_for_and_told(mlp: Path) -> None:
     said = run("inspect", mlp, "--match", "0.up.weight", "--require", "4:7@0", "--require", "1:2", "--json")
     assert said.code == 1
-    assert list(json.loads(said.out)["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "4:7@0"]
+    assert list(json.loads(said.out)["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "2:4@both", "4:7@0"]
     assert "0.up.weight" in said.err
 
 

@@ -1,5 +1,7 @@
 """`transposable = true` in a spec: what apply, verify and reconstruction make of it, and what is refused."""
 
+from fractions import Fraction
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune import BlockSpec, ScopeSpec
 from tests.cli.test_reconstruct import ADMM, REFIT, applied, relative_error, statistics, with_head
-from tests.commands import ok, refused, run
+from tests.commands import ok, refused, run, valid
+from tests.limits import force
 from tests.samples import write_spec
 
 SPEC = """version = 1
@@ -77,6 +80,12 @@ def test_verify_says_that_columns_break_the_rule_where_rows_hold(tmp_path: Path)
     save_file({"a.weight": weights}, tmp_path / "m.safetensors")
     said = run("verify", tmp_path / "m.safetensors", write_spec(tmp_path, SPEC))
     assert said.code == 1
+    document = valid(
+        run("verify", tmp_path / "m.safetensors", tmp_path / "spec.toml", "--json").out, "verify"
+    )
+    rules = [(rule["name"], rule["along"], rule["broken"]) for rule in document["rules"]]
+    assert rules == [("scope.proj", "rows", 0), ("scope.proj", "columns", 4)]
+    assert [(one["rule"], one["along"]) for one in document["tensors"]] == [rule[:2] for rule in rules]
     assert said.out.splitlines() == [
         "rule                tensors  scopes  may survive  fullest  broken",
         "scope.proj rows           1      16       2 of 4        2       0",
@@ -94,6 +103,87 @@ def test_verify_holds_for_what_apply_wrote(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, SPEC)
     ok("apply", tmp_path / "m.safetensors", spec)
     assert "scopes are as the spec says" in ok("verify", tmp_path / "m.pruned.safetensors", spec).out
+
+
+def test_a_rule_may_have_matrices_with_and_without_tiles(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.eye(8), "1.weight": torch.ones(8, 8)}, tmp_path / "m.safetensors")
+    text = SPEC.replace('"**.weight"', '"{n}.weight"').replace("= true", '= "n == 0"')
+    said = run("verify", tmp_path / "m.safetensors", write_spec(tmp_path, text), "--json")
+    document = valid(said.out, "verify")
+    rules = [(rule["name"], rule.get("along"), rule["broken"]) for rule in document["rules"]]
+    assert rules == [("scope.proj", None, 16), ("scope.proj", "rows", 0), ("scope.proj", "columns", 0)]
+
+
+def legal() -> list[tuple[tuple[int, ...], ...]]:
+    """The columns that each row of a tile keeps, lower ones first, of every pattern of two in each line."""
+    rows = list(combinations(range(4), 2))
+    return [
+        one
+        for one in product(rows, repeat=4)
+        if all(sum(column in row for row in one) == 2 for column in range(4))
+    ]
+
+
+def kept_by_hand(scores: torch.Tensor) -> torch.Tensor:
+    """The mask of the largest sum in each tile, of all patterns looked at one by one."""
+    keep = torch.zeros(scores.shape, dtype=torch.bool)
+    for top, left in product(range(0, scores.shape[0], 4), range(0, scores.shape[1], 4)):
+        tile = scores[top : top + 4, left : left + 4].tolist()
+        sums = [sum(Fraction(tile[row][at]) for row in range(4) for at in one[row]) for one in legal()]
+        for row, columns in enumerate(legal()[sums.index(max(sums))]):
+            for column in columns:
+                keep[top + row, left + column] = True
+    return keep
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["wanda", "obd", "values"])
+def test_scores_of_files_are_added_up_too(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weights = torch.randn(8, 12, generator=generator).to(dtype)
+    stored = (
+        torch.randn(8, 12, generator=generator) if kind == "values" else torch.rand(12, generator=generator)
+    )
+    magnitudes, numbers = weights.abs().double(), stored.double()
+    scores = {"wanda": magnitudes * numbers, "obd": magnitudes**2 * numbers, "values": numbers.abs()}[kind]
+    save_file({"a.weight": weights}, tmp_path / "m.safetensors")
+    save_file({"a.weight": stored}, tmp_path / "s.safetensors")
+    text = f'{SPEC}score = {{ kind = "{kind}", file = "s.safetensors" }}\n'
+    spec, out = write_spec(tmp_path, text), tmp_path / "m.pruned.safetensors"
+    ok("apply", tmp_path / "m.safetensors", spec)
+    found = load_file(out)["a.weight"]
+    assert torch.equal(found, weights * kept_by_hand(scores))
+    assert not torch.equal(found, weights * kept_by_hand(magnitudes))
+    assert "scopes are as the spec says" in ok("verify", out, spec).out
+
+
+def test_a_score_that_is_infinite_has_no_sum_in_any_way(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(8, 8)}, tmp_path / "m.safetensors")
+    numbers = torch.ones(8, 8)
+    numbers[5, 6] = float("inf")
+    save_file({"a.weight": numbers}, tmp_path / "s.safetensors")
+    text = f'{SPEC}score = {{ kind = "values", file = "s.safetensors" }}\n'
+    said = []
+    for way in ("strided", "torch_in_memory"):
+        with pytest.MonkeyPatch.context() as patch:
+            force(patch, way)
+            said.append(refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, text)).err)
+    assert said[0] == said[1]
+    assert "transposable N:M adds scores up: found one that is infinite" in said[0]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_in_any_way(tmp_path: Path, wrong: float) -> None:
+    weights = torch.ones(8, 8, dtype=torch.bfloat16)
+    weights[5, 6] = wrong
+    save_file({"a.weight": weights}, tmp_path / "m.safetensors")
+    said = []
+    for way in ("strided", "torch_in_memory"):
+        with pytest.MonkeyPatch.context() as patch:
+            force(patch, way)
+            said.append(refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, SPEC)).err)
+    assert said[0] == said[1]
+    assert "at [5, 6]: it has no rank" in said[0]
 
 
 def test_the_shipped_spec_has_it_and_other_commands_take_what_it_makes(tmp_path: Path) -> None:

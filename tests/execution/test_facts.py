@@ -16,6 +16,7 @@ from sparseprune.execution.inspect import BlockShape, Pattern, block_of, matrice
         ("2:4@0", Pattern(2, 4, 0)),
         ("2:4@-2", Pattern(2, 4, -2)),
         ("2:4@1", Pattern(2, 4, 1)),
+        ("1:4@both", Pattern(1, 4, both=True)),
         ("123456789:999999999@12", Pattern(123456789, 999999999, 12)),
     ],
 )

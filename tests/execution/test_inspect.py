@@ -69,6 +69,10 @@ def is_nonfinite(name: str, pattern: int) -> bool:
 
 def satisfied_by_hand(pattern: Pattern, shape: Index, nonzero: dict[Index, bool]) -> bool:
     """Counts every group of neighbours, wherever it begins."""
+    if pattern.both:
+        return all(
+            satisfied_by_hand(Pattern(pattern.kept, pattern.group, axis), shape, nonzero) for axis in (-1, -2)
+        )
     if len(shape) < 2 or not nonzero or pattern.axis not in range(-len(shape), len(shape)):
         return False
     axis = pattern.axis % len(shape)
@@ -207,6 +211,9 @@ QUESTIONS = (
             Pattern(1, 5, -3),
             Pattern(40, 65),
             Pattern(1, 2),
+            Pattern(2, 4, both=True),
+            Pattern(1, 2, both=True),
+            Pattern(2, 3, both=True),
         ),
         (BlockShape(1, 1), BlockShape(7, 2), BlockShape(6, 70), BlockShape(2, 128), BlockShape(1000, 1000)),
     ),

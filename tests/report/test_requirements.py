@@ -50,6 +50,7 @@ def check(text: str, *entries: InspectedTensor) -> list[str]:
         ("0:4", Pattern(0, 4)),
         ("1:16@0", Pattern(1, 16, 0)),
         ("2:4@-2", Pattern(2, 4, -2)),
+        ("2:4@both", Pattern(2, 4, both=True)),
     ],
 )
 def test_a_pattern_is_read(text: str, pattern: Pattern) -> None:
@@ -102,7 +103,7 @@ BAD = [
     ("", "nothing is asked; wanted N:M, such as 2:4, or a comparison, such as sparsity>=0.5"),
     ("4:2", "wanted N:M with N less than M"),
     ("4:4", "wanted N:M with N less than M"),
-    ("2:4@x", "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0"),
+    ("2:4@x", "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0, or N:M@both"),
     ("2:4 within **", "wanted N:M with N less than M"),
     ("2:4, sparsity>=0.5", "wanted N:M with N less than M"),
     ("2:4 in", "the pattern is empty: write the name of a tensor"),
@@ -181,6 +182,10 @@ def test_any_text_is_a_requirement_or_one_line_of_error(text: str) -> None:
         ("2:4@1", ("2:4",), None),
         ("2:4@0", ("2:4",), "w: wanted 2:4@0, satisfies 2:4"),
         ("2:4@-2", ("2:4@0",), None),
+        ("2:4@both", ("2:4", "2:4@0"), None),
+        ("2:4", ("2:4@both",), None),
+        ("2:4@both", ("2:4",), "w: wanted 2:4@both, satisfies 2:4"),
+        ("4:8@both", ("2:4@both",), "w: wanted 4:8@both, has 4 along dimension 0, no multiple of 8"),
         ("2:4@2", ("2:4",), "w: wanted 2:4@2, is 2-D and has no dimension 2"),
         ("2:4@-3", ("2:4",), "w: wanted 2:4@-3, is 2-D and has no dimension -3"),
         ("1:3", ("2:4",), "w: wanted 1:3, has 8 along dimension 1, no multiple of 3"),

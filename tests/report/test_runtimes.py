@@ -414,6 +414,7 @@ def test_patterns_that_a_verdict_needs_are_named_once(name: str, patterns: list[
         (("2:4",), 2, {1}),
         (("2:4@0", "12:4", "2:48", "1:4"), 2, {0}),
         (("2:4@-1", "2:4@1"), 4, {1, 3}),
+        (("2:4@both", "1:4@both"), 2, {0, 1}),
     ],
 )
 def test_axes_along_which_a_pattern_was_found(found: tuple[str, ...], rank: int, axes: set[int]) -> None:
