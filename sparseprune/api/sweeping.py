@@ -242,6 +242,12 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
         if not any(_waits(one) for task in unit.tasks for one in task.inputs):
             first.append(number)
             continue
+        nested = next((one for one in unit.tasks if one.instance.within is not None), None)
+        if nested is not None and all(one.instance.reconstruct is None for one in unit.tasks):
+            raise SpecError(
+                f"[{nested.rule}] {nested.instance.label}: a sweep decides nested scopes only where it rebuilds "
+                "them: say --reconstruct admm or refit, or calibrate and give --stats"
+            )
         homes = {home.get(stored.name, "") for stored in unit.tensors}
         if len(homes) > 1:
             task = unit.tasks[0]
