@@ -118,9 +118,12 @@ def test_a_spec_that_finds_nothing_names_the_command_that_lists_what_fits(folder
         assert line.endswith(f"; `sparseprune specs --for '{folder}'` lists the specs that fit")
 
 
-def test_a_variable_of_another_spec_points_to_that(folder: Path) -> None:
-    (line,) = refused("plan", folder, "coupled-2of4", "--set", "n=1").err.splitlines()
-    assert line.endswith('[vars] has no "n"; the spec has no [vars]; among the shipped specs nofm has it')
+@pytest.mark.parametrize(
+    ("name", "told"), [("n", "nofm and vnm have it"), ("steps", "unstructured-gradual has it")]
+)
+def test_a_variable_of_another_spec_points_to_that(folder: Path, name: str, told: str) -> None:
+    (line,) = refused("plan", folder, "coupled-2of4", "--set", f"{name}=1").err.splitlines()
+    assert line.endswith(f'[vars] has no "{name}"; the spec has no [vars]; among the shipped specs {told}')
 
 
 def test_a_percentage_is_one_line_with_the_share_that_was_meant(folder: Path) -> None:

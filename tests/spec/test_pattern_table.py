@@ -1,7 +1,7 @@
 """The table of patterns in the reference: each row is applied, and what survives is what the row says.
 
-A row is read here in its own words, as views, blocks, scopes and couplings of named tensors, and decided by
-the oracle in plain loops; the spec or example that it names is applied by the command line.
+A row is read here in its own words, as views, blocks, scopes and couplings of named tensors, level by level,
+and decided by the oracle in plain loops; the spec or example that it names is applied by the command line.
 """
 
 import json
@@ -138,6 +138,12 @@ def each_matrix() -> Iterator[Instance]:
         yield Instance({"matrix": Part(name, "m k")}, layer)
 
 
+def each_matrix_of_layers() -> Iterator[Instance]:
+    for name in decoder():
+        if "_proj" in name:
+            yield Instance({"matrix": Part(name, "m k")})
+
+
 def each_convolution() -> Iterator[Instance]:
     for stage in range(2):
         yield Instance({"convolution": Part(f"stages.{stage}.convolution.weight", "o i h w")}, stage)
@@ -209,9 +215,11 @@ PROJECTION = "model.layers.{layer}.mlp.{role}_proj.weight"
 MODULE = "model.layers.{layer}.self_attn.{role}_proj.weight"
 SEEN: dict[str, tuple[Callable[[], Shapes], Callable[[], Iterator[Instance]]]] = {
     "matrices": (matrices, each_matrix),
+    "all matrices": (decoder, each_matrix_of_layers),
     "convolutions": (convolutions, each_convolution),
     "convolutions and norms, filters first": (convolutions, each_filter),
     "BERT's intermediate layers, neurons first": (intermediate, each_neuron),
+    "their matrices": (decoder, of_layers(PROJECTION, dict.fromkeys(("down", "gate", "up"), "m k"))),
     "gate and up": (decoder, of_layers(PROJECTION, dict.fromkeys(("gate", "up"), "m k"))),
     "up and down, channels first": (decoder, of_layers(PROJECTION, {"up": "c k", "down": "k c -> c k"})),
     "MLPs, channels first": (decoder, of_layers(PROJECTION, CHANNELS)),
@@ -259,6 +267,20 @@ def rows() -> list[Row]:
     return [Row(*(cell.strip() for cell in each)) for each in cells[1:]]
 
 
+def levels(row: Row) -> list[Row]:
+    """A row for each of the nested rules of a row, outer ones first; cells without "then" hold for all."""
+    found = [cell.split(", then ") for cell in row]
+    count = max(map(len, found))
+    assert all(len(each) in (1, count) for each in found)
+    return [Row(*(each[level % len(each)] for each in found)) for level in range(count)]
+
+
+def checkpoint_of(row: Row) -> Shapes:
+    """The tensors that a row is tried on."""
+    (shapes,) = {SEEN[level.seen.split(":")[0]][0] for level in levels(row)}
+    return shapes()
+
+
 def cut(row: Row) -> tuple[list[int], list[int], dict[str, float]]:
     """The block, the scope and the budget of a row."""
     block, scope = (json.loads(cell.strip("`")) for cell in (row.block, row.scope))
@@ -267,7 +289,7 @@ def cut(row: Row) -> tuple[list[int], list[int], dict[str, float]]:
 
 def said(row: Row) -> dict[str, str]:
     """What a row says of couplings: what is fused, what competes."""
-    return dict(each.split(": ") for each in row.couplings.split("; ") if each)
+    return dict(each.split(": ") for each in row.couplings.removeprefix("none").split("; ") if each)
 
 
 def indices_by_view(
@@ -358,20 +380,39 @@ def contests(row: Row, shapes: Shapes) -> Iterator[tuple[oracle.Coupled, list[Se
 
 def by_row(row: Row, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What should survive of each tensor that a row reaches."""
+    masks: dict[str, torch.Tensor] = {}
+    for level in levels(row):
+        masks |= among(level, dense, masks)
+    return masks
+
+
+def budget_of(row: Row) -> Callable[[int], int]:
+    """How many of so many blocks that are left survive in a scope."""
+    budget = cut(row)[2]
+    if "nnz" in budget:
+        return lambda left: min(left, int(budget["nnz"]))
+    return lambda left: left - int(Fraction(str(budget["sparsity"])) * left)
+
+
+def among(
+    row: Row, dense: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What should survive of each tensor that a level reaches, of what the levels before it keep."""
     masks = {}
     for structure, leaves in contests(row, {name: tuple(tensor.shape) for name, tensor in dense.items()}):
-        elements = []
+        elements, left = [], []
         for each in leaves:
             values = dense[each.tensor]
+            before = kept.get(each.tensor, torch.ones(values.shape, dtype=torch.bool))
             elements.append({view: Fraction(values[index].item()) for view, index in each.indices.items()})
-        budget, blocks = cut(row)[2], structure.blocks_per_scope
-        nnz = budget["nnz"] if "nnz" in budget else blocks - int(Fraction(str(budget["sparsity"])) * blocks)
-        assert 0 < nnz < blocks
-        for each, kept in zip(leaves, oracle.masks_by_budget(structure, elements, int(nnz)), strict=True):
+            left.append({view: bool(before[index]) for view, index in each.indices.items()})
+        budget, blocks = budget_of(row), structure.blocks_per_scope
+        assert 0 < budget(blocks) < blocks
+        for each, mask in zip(leaves, oracle.masks_among(structure, elements, left, budget), strict=True):
             assert each.tensor not in masks
             masks[each.tensor] = torch.zeros(dense[each.tensor].shape, dtype=torch.bool)
             for view, index in each.indices.items():
-                masks[each.tensor][index] = kept[view]
+                masks[each.tensor][index] = mask[view]
     return masks
 
 
@@ -428,7 +469,7 @@ def expect(masks: Mapping[str, torch.Tensor], folder: Path, pruned: Path) -> Non
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.pattern)
 def test_what_survives_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
-    folder = write_checkpoint(SEEN[row.seen.split(":")[0]][0](), tmp_path / "dense")
+    folder = write_checkpoint(checkpoint_of(row), tmp_path / "dense")
     shipped = re.fullmatch(r"`([\w-]+)`(.*)", row.spec)
     if shipped:
         words = [shipped[1], *shipped[2].replace("`", "").split()]
@@ -449,6 +490,13 @@ def test_what_survives_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
         ("mlp-channels", {"couplings": ""}),
         ("mlp-channels-global", {"couplings": "fused: gate, up, down"}),
         ("heads-aligned", {"couplings": "fused: q, k, v, o"}),
+        ("vnm", {"block": "`[1, 1]`", "scope": "`[1, 8]`", "survives": "`nnz = 2`"}),
+        ("vnm", {"block": "`[1, 1]`, then `[16, 1]`", "survives": "`nnz = 2`, then `nnz = 4`"}),
+        ("vnm", {"survives": "`nnz = 3`, then `nnz = 2`"}),
+        ("vnm", {"survives": "`nnz = 4`, then `nnz = 1`"}),
+        ("mlp-channels-2of4", {"couplings": ""}),
+        ("mlp-channels-2of4", {"block": "`[2]`, then `[1, 1]`"}),
+        ("mlp-channels-2of4", {"survives": "`sparsity = 0.25`, then `nnz = 1`"}),
     ],
     ids=str,
 )
@@ -456,7 +504,7 @@ def test_a_row_that_says_something_else_does_not_pass(
     spec: str, changed: dict[str, str], tmp_path: Path
 ) -> None:
     (row,) = [row for row in rows() if row.spec == f"`{spec}`"]
-    folder = write_checkpoint(SEEN[row.seen.split(":")[0]][0](), tmp_path / "dense")
+    folder = write_checkpoint(checkpoint_of(row), tmp_path / "dense")
     ok("apply", folder, spec, "-o", tmp_path / "pruned", "-q")
     masks = by_row(row._replace(**changed), load_file(folder / "model.safetensors"))
     with pytest.raises(AssertionError):
