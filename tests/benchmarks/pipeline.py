@@ -52,6 +52,7 @@ ROWS = (
     applied("2of4", "2of4", "--no-masks", reach={2.2: 1.4, 8: 1.2}),
     applied("2of4-packed", "2of4", "--mask-format", "packed", reach={2.2: 1.45, 8: 1.25}),
     applied("2of4-bool", "2of4", "--mask-format", "bool", reach={2.2: 1.7, 8: 1.5}),
+    applied("transposable", "nofm", "--set", "n=2", "--set", "transposable=true", "--no-masks"),
     applied("global", "unstructured-global", "--no-masks", reach={2.2: 2.5}),
     Row(
         "global-mask",
