@@ -225,7 +225,7 @@ def _allows_loops(task: Task) -> bool:
     if instance.score.nonfinite == "prune":
         # What is not finite is below every threshold, but for negative ones.
         alone = (instance.budget.threshold or 0.0) >= 0
-        if not (alone and task.ranks_patterns and task.codes is None) or task.within:
+        if not (alone and task.ranks_patterns and task.codes is None):
             return False
     return instance.reconstruct is None
 
@@ -303,6 +303,7 @@ def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
         scores += -(-_LIMIT_BYTES // selection.block)
     scores += size if selection.prunes_nonfinite else 0
     scores += size + _KEPT_BYTES if task.within else 0
+    scores += _RANK_BYTES if task.within and selection.prunes_nonfinite else 0
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
@@ -346,8 +347,10 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     counted = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)  # one for each digit of 16 bits, one that cuts
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
-    ranks = task.within or task.instance.score.nonfinite == "prune"
-    each = (3 if ranks else 2) * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
+    prunes = task.instance.score.nonfinite == "prune"
+    if task.within and prunes and dtype == "F8_E4M3":  # no pattern is left for a rank below all others
+        return None
+    each = (2 + prunes + bool(task.within)) * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
     each += _KEPT_BYTES if task.within else 0
     memory = min(slab, max(sizes)) * each + _COUNTER_BYTES
     counters = min(counted, sum(-(-each // slab) for each in sizes))

@@ -214,7 +214,7 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
     if form is None:
         raise TypeError(f"{loaded.dtype} has no compiled loops")
     if selection.prunes_nonfinite and first_nonfinite(bits, form) >= 0:
-        cut_blocks(bits, _keep_finite(bits, form, selection), selection.block, mask)
+        cut_blocks(bits, _keep_finite(bits, form, selection, loaded.kept), selection.block, mask)
         return mask
     if not selection.prunes_nonfinite:
         refuse_nonfinite_bits(loaded, form)
@@ -243,7 +243,7 @@ def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking
         if selection.k_weight is not None:
             return _shrunk_in_order(loaded, scope, ordered, selection)
         if selection.prunes_nonfinite and first_nonfinite(ordered, form) >= 0:
-            keep = _keep_finite(ordered, form, selection)
+            keep = _keep_finite(ordered, form, selection, kept)
         else:
             keep = _keep_by_patterns(ordered, form, selection, kept)
     mask, mask_view = loaded.masked()
@@ -306,21 +306,29 @@ def _shrink(bits: Bits, form: Format, selection: Selection, mask: Mask) -> None:
     mark_runs(mask, block)
 
 
-def _keep_finite(bits: Bits, form: Format, selection: Selection) -> Mask:
+def _keep_finite(bits: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
     """As `_keep_by_patterns`, where blocks in which something is not finite rank below all others."""
+    wide = FORMATS["F64"]
     if selection.block == 1:
         ranks, magnitude = finite_ranks(bits, form), form.magnitude
         limit = selection.threshold and form.limit(selection.threshold)
-    else:
-        wide = FORMATS["F64"]  # the norm of such a block is infinite
+    else:  # the norm of such a block is infinite
         ranks, magnitude = finite_ranks(_norms(bits, form, selection).view(np.uint64), wide), wide.magnitude
         limit = selection.threshold and wide.limit(selection.threshold)
     if selection.threshold is not None:
         reaches: Mask = (ranks > int(limit or 0)).view(np.uint8)
         return reaches
+    if kept is not None and selection.blocks > 1:
+        ranks, left = ranks.astype(np.uint64), _left(kept, selection)  # with room for one rank more
+        return keep_among(ranks, wide.magnitude, selection.blocks, selection.budget, left)
     keep = np.empty(ranks.size, dtype=np.uint8)
     select_keys(ranks, magnitude, selection.blocks, selection.nnz, keep)
     return keep
+
+
+def _left(kept: Mask, selection: Selection) -> Mask:
+    """1 for each block of which an earlier mask keeps an element, flat as the elements are."""
+    return any_in(kept.reshape(-1, selection.block), (1, selection.block)).reshape(-1)
 
 
 def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:
@@ -344,7 +352,7 @@ def _keep_by_patterns(bits: Bits, form: Format, selection: Selection, kept: Mask
     """
     if selection.block == 1:
         return _keep(bits, form, selection, kept)
-    left = None if kept is None else any_in(kept.reshape(-1, selection.block), (1, selection.block))
+    left = None if kept is None else _left(kept, selection)
     return _keep_by_scores(_norms(bits, form, selection), selection, left)
 
 
@@ -363,7 +371,7 @@ def _keep(bits: Bits, form: Format, selection: Selection, left: Mask | None) -> 
         reaches: Mask = (magnitudes >= form.limit(selection.threshold)).view(np.uint8)
         return reaches
     if left is not None and selection.blocks > 1:
-        return keep_among(bits, form.magnitude, selection.blocks, selection.budget, left.reshape(-1))
+        return keep_among(bits, form.magnitude, selection.blocks, selection.budget, left)
     keep = np.empty(bits.size, dtype=np.uint8)
     select_keys(bits, form.magnitude, selection.blocks, selection.nnz, keep)
     return keep

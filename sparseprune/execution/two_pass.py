@@ -235,13 +235,15 @@ class _Keys(Pass):
 
         Within masks they are one higher, so that 0 is for what these drop.
         """
+        ranks = loaded.flat
         if self.task.instance.score.nonfinite == "prune":
-            return finite_ranks(loaded.flat, form)
-        refuse_nonfinite_bits(loaded, form)
+            ranks = finite_ranks(loaded.flat, form)
+        else:
+            refuse_nonfinite_bits(loaded, form)
         if not self.task.within or self.task.instance.soft is not None:
-            return loaded.flat
+            return ranks
         kept = np.ones(loaded.flat.size, dtype=np.uint8) if loaded.kept is None else loaded.kept
-        return ranks_among(loaded.flat, form.magnitude, kept)
+        return ranks_among(ranks, form.magnitude, kept)
 
     @property
     def slab_count(self) -> int:
