@@ -244,9 +244,10 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
             continue
         nested = next((one for one in unit.tasks if one.instance.within is not None), None)
         if nested is not None and all(one.instance.reconstruct is None for one in unit.tasks):
+            where = f"[{nested.rule}] {nested.instance.label}"
             raise SpecError(
-                f"[{nested.rule}] {nested.instance.label}: a sweep decides nested scopes only where it rebuilds "
-                "them: say --reconstruct admm or refit, or calibrate and give --stats"
+                f"{where}: a sweep decides nested scopes only where it rebuilds them: say --reconstruct admm or "
+                "refit, or calibrate and give --stats"
             )
         homes = {home.get(stored.name, "") for stored in unit.tensors}
         if len(homes) > 1:

@@ -17,14 +17,8 @@ import numpy as np
 from sparseprune.engine.kernels.counting import Tally, any_in, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, drop, finite_ranks, select_keys
-from sparseprune.engine.kernels.shrinking import (
-    block_factors,
-    kth_mids,
-    mark_runs,
-    scale_runs,
-    shrink_elements,
-)
-from sparseprune.engine.kernels.sums import run_sums, tree_sum
+from sparseprune.engine.kernels.shrinking import block_factors, kth_mids, scale_blocks, shrink_elements
+from sparseprune.engine.kernels.sums import block_sums
 from sparseprune.engine.kernels.tiles import INFINITE_SUM, select_tiles
 from sparseprune.errors import SparsityError
 from sparseprune.execution.passes import Chunk, Pass, finish
@@ -213,17 +207,18 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
         return mask
     if form is None:
         raise TypeError(f"{loaded.dtype} has no compiled loops")
+    blocks = bits if selection.block == 1 else bits.reshape(-1, *selection.extent)
     if selection.prunes_nonfinite and first_nonfinite(bits, form) >= 0:
-        cut_blocks(bits, _keep_finite(bits, form, selection, loaded.kept), selection.block, mask)
+        cut_blocks(bits, _keep_finite(blocks, form, selection, loaded.kept), selection.block, mask)
         return mask
     if not selection.prunes_nonfinite:
         refuse_nonfinite_bits(loaded, form)
     if selection.k_weight is not None:
-        _shrink(bits, form, selection, mask)
+        _shrink(blocks, form, selection, mask)
     elif selection.threshold is not None and selection.block == 1:
         cut_below(bits, form, form.limit(selection.threshold), mask)
     else:
-        cut_blocks(bits, _keep_by_patterns(bits, form, selection, loaded.kept), selection.block, mask)
+        cut_blocks(bits, _keep_by_patterns(blocks, form, selection, loaded.kept), selection.block, mask)
     return mask
 
 
@@ -238,14 +233,13 @@ def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking
         magnitudes = np.ascontiguousarray(_in_scopes(elements.magnitudes(), scope))
         keep = _keep_by_scores(magnitudes.reshape(-1), selection, kept)
     else:
-        ordered: Bits = np.ascontiguousarray(_in_scopes(loaded.view, scope)).reshape(-1)
-        form = FORMATS[loaded.dtype]
+        form, blocks = FORMATS[loaded.dtype], _in_scopes(loaded.view, scope)
         if selection.k_weight is not None:
-            return _shrunk_in_order(loaded, scope, ordered, selection)
-        if selection.prunes_nonfinite and first_nonfinite(ordered, form) >= 0:
-            keep = _keep_finite(ordered, form, selection, kept)
-        else:
-            keep = _keep_by_patterns(ordered, form, selection, kept)
+            return _shrunk_in_order(loaded, scope, blocks, selection)
+        if selection.block == 1:
+            blocks = np.ascontiguousarray(blocks).reshape(-1)
+        rescues = selection.prunes_nonfinite and first_nonfinite(loaded.flat, form) >= 0
+        keep = (_keep_finite if rescues else _keep_by_patterns)(blocks, form, selection, kept)
     mask, mask_view = loaded.masked()
     rank = len(loaded.region.extent)
     spread = _in_scopes(mask_view, scope)
@@ -275,45 +269,63 @@ def _cut_tiles(loaded: Loaded, scope: AnyScope, selection: Selection, ranking: R
     return mask
 
 
-def _shrunk_in_order(loaded: Loaded, scope: AnyScope, ordered: Bits, selection: Selection) -> Mask:
-    """The elements in the order of their scopes shrink, and go back to their places."""
-    survivors = np.empty(ordered.size, dtype=np.uint8)
+def _shrunk_in_order(loaded: Loaded, scope: AnyScope, blocks: Bits, selection: Selection) -> Mask:
+    """Blocks shrink where they are, elements in the order of their scopes, and go back to their places."""
+    mask, mask_view = loaded.masked()
+    if selection.block > 1:
+        _shrink(blocks, FORMATS[loaded.dtype], selection, mask)
+        return mask
+    ordered = blocks.reshape(-1)
     if np.shares_memory(ordered, loaded.flat):  # they lie in this order
         ordered = ordered.copy()
+    survivors = np.empty(ordered.size, dtype=np.uint8)
     _shrink(ordered, FORMATS[loaded.dtype], selection, survivors)
-    mask, mask_view = loaded.masked()
     for place, numbers in ((loaded.view, ordered), (mask_view, survivors)):
         spread = _in_scopes(place, scope)
         spread[...] = numbers.reshape(spread.shape)
     return mask
 
 
-def _shrink(bits: Bits, form: Format, selection: Selection, mask: Mask) -> None:
-    """Soft thresholds of blocks, flat, scope after scope; `mask` has 1 where a block is not zero then."""
-    block = selection.block
-    norms = _norms(bits, form, selection) if block > 1 else None
+def _shrink(blocks: Bits, form: Format, selection: Selection, mask: Mask) -> None:
+    """Soft thresholds of blocks, scope after scope, in place; the flat `mask` has 1 where one is not zero.
+
+    `blocks` are flat elements, or (*scopes, *blocks of a scope, *elements of a block) in any storage.
+    """
+    norms = _norms(blocks, form, selection) if selection.block > 1 else None
     if selection.threshold is not None:
         limits = np.full(1, selection.threshold)
     else:
-        ranked, ranks = (bits, form) if norms is None else (norms.view(np.uint64), FORMATS["F64"])
+        ranked, ranks = (blocks, form) if norms is None else (norms.view(np.uint64), FORMATS["F64"])
         limits = kth_mids(ranked, ranks, selection.blocks, selection.nnz, selection.k_weight or 0.0)
     if norms is None:
-        shrink_elements(bits, form, limits, mask)
+        shrink_elements(blocks.reshape(limits.size, blocks.size // limits.size), form, limits, mask)
         return
     if selection.scales:
-        limits = limits * math.sqrt(block)
-    scale_runs(bits, form, block_factors(norms, limits), block, mask)
-    mark_runs(mask, block)
+        limits = limits * math.sqrt(selection.block)
+    factors = block_factors(norms.reshape(limits.size, -1), limits[:, None]).reshape(-1)
+    grid = blocks.shape[: blocks.ndim - len(selection.extent)]
+    scale_blocks(blocks, form, factors.reshape(grid), mask)
+    # The largest element is the norm over the root of their number at least.
+    lowest = 2 * math.sqrt(selection.block) * float(form.values(np.ones(1, dtype=form.pattern))[0])
+    if bool(((factors > 0) & (norms * factors < lowest)).any()):
+        _drop_empty(blocks, form, factors.reshape(grid), mask)
 
 
-def _keep_finite(bits: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
+def _drop_empty(blocks: Bits, form: Format, factors: Floats, mask: Mask) -> None:
+    """Mark what no element is left of, as all were rounded to zero."""
+    elements = tuple(range(factors.ndim, blocks.ndim))
+    left = ((blocks & blocks.dtype.type(form.magnitude)) != 0).any(elements)
+    scale_blocks(blocks.copy("K"), form, np.where(left, factors, 0.0), mask)
+
+
+def _keep_finite(blocks: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
     """As `_keep_by_patterns`, where blocks in which something is not finite rank below all others."""
     wide = FORMATS["F64"]
     if selection.block == 1:
-        ranks, magnitude = finite_ranks(bits, form), form.magnitude
+        ranks, magnitude = finite_ranks(blocks, form), form.magnitude
         limit = selection.threshold and form.limit(selection.threshold)
     else:  # the norm of such a block is infinite
-        ranks, magnitude = finite_ranks(_norms(bits, form, selection).view(np.uint64), wide), wide.magnitude
+        ranks, magnitude = finite_ranks(_norms(blocks, form, selection).view(np.uint64), wide), wide.magnitude
         limit = selection.threshold and wide.limit(selection.threshold)
     if selection.threshold is not None:
         reaches: Mask = (ranks > int(limit or 0)).view(np.uint8)
@@ -345,15 +357,15 @@ def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:
     return view.reshape(split).transpose(order)
 
 
-def _keep_by_patterns(bits: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
-    """Bytes, one a block: 1 for those that survive. `bits` are flat, scope after scope, block after block.
+def _keep_by_patterns(blocks: Bits, form: Format, selection: Selection, kept: Mask | None) -> Mask:
+    """Bytes, one a block: 1 for those that survive. `blocks` are as `_shrink` takes them.
 
-    So is what an earlier mask keeps of them, if there is one.
+    What an earlier mask keeps of them, if there is one, is flat, scope after scope, block after block.
     """
     if selection.block == 1:
-        return _keep(bits, form, selection, kept)
+        return _keep(blocks, form, selection, kept)
     left = None if kept is None else _left(kept, selection)
-    return _keep_by_scores(_norms(bits, form, selection), selection, left)
+    return _keep_by_scores(_norms(blocks, form, selection), selection, left)
 
 
 def _keep_by_scores(scores: Floats, selection: Selection, left: Mask | None) -> Mask:
@@ -377,12 +389,9 @@ def _keep(bits: Bits, form: Format, selection: Selection, left: Mask | None) -> 
     return keep
 
 
-def _norms(bits: Bits, form: Format, selection: Selection) -> Floats:
-    """The norm of every block, over the tree of engine.scoring: the last dimension first."""
+def _norms(blocks: Bits, form: Format, selection: Selection) -> Floats:
+    """The norm of every block, flat, of (*grid, *elements of a block)."""
     power = int(selection.norm)
-    *outer, run = selection.extent
-    sums = run_sums(bits, form, run, power).reshape(-1, *outer)
-    for axis in range(len(outer), 0, -1):
-        sums = tree_sum(sums, axis)
+    sums = block_sums(blocks, blocks.ndim - len(selection.extent), form, power).reshape(-1)
     norms = sums if power == 1 else np.sqrt(sums)
     return norms / np.sqrt(float(selection.block)) if selection.rms else norms

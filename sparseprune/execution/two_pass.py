@@ -397,7 +397,7 @@ class CutKeys(_Keys, RegionPass):
         mask = np.empty(bits.size, dtype=np.uint8)
         if soft is not None:  # the second number is the next key
             first, following = (form.values(np.array([key], dtype=bits.dtype)) for key in (kth, ties))
-            shrink_elements(bits, form, mid_of(first, following, soft.k_weight), mask)
+            shrink_elements(bits[None], form, mid_of(first, following, soft.k_weight), mask)
             return mask
         split = min(max(ties - member[1], 0), bits.size)
         if self.task.instance.score.nonfinite == "prune":

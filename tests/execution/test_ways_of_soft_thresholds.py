@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseprune import load_masks
 from sparseprune.execution.strategy import needs_torch
 from tests.execution.structures import CASES, FLOATS
 from tests.execution.test_ways import PRUNING, applied, prepare, strategies
@@ -47,3 +48,22 @@ def test_loops_shrink_every_dtype_as_the_engine_does(tmp_path: Path, name: str, 
             single = name in {"soft elements", "soft 2:4", "soft whole tensors", "soft elements over all"}
             assert not (single and any(needs_torch(how) for how in strategies(tmp_path, 1)))
             assert applied(tmp_path, f"loops-{slab}", "--jobs", 1) == reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", ["[4, 8]", "[1, 32]"])
+def test_a_mask_drops_a_block_of_which_every_element_was_rounded_to_zero(
+    tmp_path: Path, block: str, dtype: torch.dtype
+) -> None:
+    lowest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    weight = torch.full((8, 64), lowest, dtype=torch.float64)
+    weight[4:] *= -8
+    weight[0, 0] = 0
+    text = f'block = {block}\nshape = [1, 1]\nmode = "soft"\nthreshold = {4 * lowest}\n'
+    prepare(tmp_path, f'version = 1\n[scope.all]\ntensors = "w"\n{text}', {"w": weight.to(dtype)})
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(tmp_path, "reference", "--jobs", 1)
+    assert applied(tmp_path, "loops", "--jobs", 1) == reference
+    assert not any(needs_torch(how) for how in strategies(tmp_path, 1))
+    assert load_masks(tmp_path / "loops")["w"].sum() == 4 * 64

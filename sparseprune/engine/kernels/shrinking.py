@@ -6,12 +6,14 @@ for tensors on the CPU.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparseprune.engine.kernels.compiling import compiled, inlined, value_of
 from sparseprune.engine.kernels.selecting import two_keys
+from sparseprune.engine.kernels.sums import storage_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,43 +45,48 @@ def mid_of(kth: Floats, following: Floats, k_weight: float) -> Floats:
 
 
 def block_factors(norms: Floats, limits: Floats) -> Floats:
-    """What blocks of finite norms are multiplied by, `max(0, 1 - limit / norm)`, as the engine computes it.
+    """What blocks of finite norms are multiplied by: `max(0, 1 - limit / norm)`, as the engine has it."""
+    rests = norms - limits
+    factors = np.zeros_like(norms)
+    np.divide(rests, norms, out=factors, where=rests > 0)
+    return factors
 
-    Norms are (scopes * blocks of a scope), limits (scopes).
+
+def shrink_elements(view: Bits, form: Format, limits: Floats, mask: Mask) -> None:
+    """Move finite elements (*grid, ...) towards zero by a limit (*grid), up to +0.0, in place; rounded once.
+
+    `mask` (flat, in the order of the storage) becomes 1 where the result is not zero.
     """
-    by_scope = norms.reshape(limits.size, -1)
-    rests = by_scope - limits[:, None]
-    factors = np.zeros_like(by_scope)
-    np.divide(rests, by_scope, out=factors, where=rests > 0)
-    return factors.reshape(-1)
+    _shrink(view, form, limits / form.scale, mask, multiplies=0)
 
 
-def shrink_elements(bits: Bits, form: Format, limits: Floats, mask: Mask) -> None:
-    """Move the elements (flat, finite) of each scope towards zero by its limit, up to +0.0; rounded once.
+def scale_blocks(view: Bits, form: Format, factors: Floats, mask: Mask) -> None:
+    """Multiply blocks (*grid, *block) of finite elements by factors (*grid) within 0 and 1; rounded once.
 
-    There are as many scopes of one size as limits. `mask` becomes 1 where the result is not zero.
+    What is multiplied by 0 becomes +0.0. `mask` (flat, in the order of the storage) becomes 1 elsewhere.
     """
-    run = bits.size // max(1, limits.size)
-    _shrink(bits, form, (limits / form.scale, run), mask, multiplies=0)
+    _shrink(view, form, factors, mask, multiplies=1)
 
 
-def scale_runs(bits: Bits, form: Format, factors: Floats, run: int, mask: Mask) -> None:
-    """Multiply every `run` elements (flat, finite) by their factor within 0 and 1; rounded once.
-
-    Factors begin again where all were used. A factor of 0 makes elements +0.0. `mask` becomes 1 where the
-    result is not zero.
-    """
-    _shrink(bits, form, (factors, run), mask, multiplies=1)
-
-
-def mark_runs(mask: Mask, run: int) -> None:
-    """Make every `run` of a mask 1 where one of it is."""
-    _mark_runs(mask, mask.size // run, run)
-
-
-def _shrink(bits: Bits, form: Format, by: tuple[Floats, int], mask: Mask, *, multiplies: int) -> None:
-    numbers, run = by
-    rest = (numbers, numbers.size, run, multiplies, np.empty(_BLOCK))
+def _shrink(view: Bits, form: Format, numbers: Floats, mask: Mask, *, multiplies: int) -> None:
+    """Elements in the order of the storage, with a number for each run of them."""
+    if not view.size:
+        return
+    order, rank = storage_order(view), numbers.ndim
+    laid = view.transpose(order)
+    if not laid.flags.c_contiguous:
+        copy = np.ascontiguousarray(laid)
+        _shrink(copy.transpose(np.argsort(order)), form, numbers, mask, multiplies=multiplies)
+        laid[...] = copy
+        return
+    inside = [dim >= rank or view.shape[dim] == 1 for dim in order]
+    begin = inside.index(False) if False in inside else len(order)
+    end = len(order) - inside[::-1].index(False) if False in inside else begin
+    spread = numbers.reshape(numbers.shape + (1,) * (view.ndim - rank)).transpose(order)
+    each = np.broadcast_to(spread, [*spread.shape[:begin], *laid.shape[begin:end], *spread.shape[end:]])
+    by = np.ascontiguousarray(each).reshape(-1)
+    rest = (by, by.size, prod(laid.shape[end:]), multiplies, np.empty(_BLOCK))
+    bits = laid.reshape(-1)
     if form.itemsize > 2:
         _shrink_wide(bits.view(f"f{form.itemsize}"), bits.size, *rest, mask)
         return
@@ -104,16 +111,6 @@ def _quad_mids(bits, scopes, magnitude, shift, infinity, scale, nnz, k_weight, m
         kth = first if nnz == 1 else second if nnz == 2 else third if nnz == 3 else last
         following = second if nnz == 1 else third if nnz == 2 else last if nnz == 3 else 0.0
         mids[scope] = (kth * scale + k_weight * (following * scale)) / (1 + k_weight)
-
-
-@compiled("void(uint8*, int64, int64)")
-def _mark_runs(mask, runs, run):
-    for begin in range(0, runs * run, run):
-        found = np.uint8(0)
-        for i in range(begin, begin + run):
-            found |= mask[i]
-        for i in range(begin, begin + run):
-            mask[i] = found
 
 
 @inlined
@@ -153,14 +150,14 @@ def _shrink_wide(values, size, numbers, count, run, multiplies, each, mask):
             for i in range(block):
                 product = np.float64(values[begin + i]) * each[i]
                 values[begin + i] = product if each[i] > 0 else 0.0
+                mask[begin + i] = each[i] > 0
         else:
             for i in range(block):
                 value, limit = np.float64(values[begin + i]), each[i]
                 above, below = value - limit, value + limit
                 result = above if value > limit else 0.0
                 values[begin + i] = below if value < -limit else result
-        for i in range(block):
-            mask[begin + i] = values[begin + i] != 0
+                mask[begin + i] = values[begin + i] != 0
 
 
 @compiled(
@@ -201,4 +198,4 @@ def _shrink_narrow(
             key = pattern >> shift
             sign = np.uint32(bits[begin + i] & ~magnitude) * np.uint32(each[i] > 0)
             bits[begin + i] = key | sign
-            mask[begin + i] = key > 0
+            mask[begin + i] = each[i] > 0 if multiplies else key > 0

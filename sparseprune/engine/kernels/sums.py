@@ -8,7 +8,8 @@ any size, and one number for each level is enough. Called by execution.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,6 +111,51 @@ class ColumnSums:
         """The sums of all rows so far: (columns)."""
         total = _added(one for level, one in enumerate(self._levels) if self.count >> level & 1)
         return np.zeros(self._levels.shape[1]) if total is None else total.copy()
+
+
+def storage_order(view: NDArray[Any]) -> list[int]:
+    """The dimensions of a view, those whose neighbours lie farthest apart first."""
+    return sorted(range(view.ndim), key=lambda dim: (view.shape[dim] == 1, -view.strides[dim]))
+
+
+def block_sums(view: Bits, rank: int, form: Format, power: int) -> Floats:
+    """The sum of |x| ** power over each block of (*grid, *block), where the grid has `rank` dimensions.
+
+    By the tree, over the last dimension of blocks first. There is a copy only if elements do not lie
+    together, or if neither the last dimension nor blocks side by side come last in the storage.
+    """
+    grid = view.shape[:rank]
+    if not view.size:
+        return np.zeros(grid)
+    rank, view = sum(size > 1 for size in grid), view.squeeze()
+    order, last = storage_order(view), view.ndim - 1
+    columns = order[::-1].index(last) if last >= rank else 0
+    laid = view.transpose(order)
+    if not laid.flags.c_contiguous or any(dim >= rank for dim in order[len(order) - columns :]):
+        laid, order, columns = np.ascontiguousarray(view), list(range(view.ndim)), 0
+    if last < rank:
+        sums = run_sums(laid.reshape(-1), form, 1, power).reshape(laid.shape)
+    else:
+        order.remove(last)
+        outer, rows, width = laid.shape[: last - columns], view.shape[last], laid.shape[last - columns + 1 :]
+        sums = _sums_of_rows(laid.reshape(-1, rows, prod(width)), form, power).reshape(outer + width)
+    sums = sums.transpose(np.argsort(order))
+    while sums.ndim > rank:
+        sums = tree_sum(sums, -1)
+    return sums.reshape(grid)
+
+
+def _sums_of_rows(matrices: Bits, form: Format, power: int) -> Floats:
+    """The sums over the rows of (matrices, rows, columns): (matrices, columns)."""
+    count, rows, columns = matrices.shape
+    if columns == 1:
+        return run_sums(matrices.reshape(-1), form, rows, power)
+    sums = np.empty((count, columns))
+    for matrix, own in zip(matrices, sums, strict=True):
+        tree = ColumnSums(form, columns, rows, power)
+        tree.push(matrix)
+        own[...] = tree.total()
+    return sums
 
 
 @compiled("void(K*, int64, K, uint32, K, float64, int64, int64, float64*, float64*)")

@@ -13,7 +13,11 @@ import torch
 from sparseprune import BlockSpec, ScopeSpec
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.selecting import cut_below, two_keys
-from sparseprune.engine.kernels.shrinking import kth_mids, mark_runs, scale_runs, shrink_elements
+from sparseprune.engine.kernels.shrinking import kth_mids, scale_blocks, shrink_elements
+from sparseprune.engine.kernels.sums import block_sums, storage_order
+from sparseprune.engine.scoring import pairwise_sum
+
+Shape = tuple[int, ...]
 
 
 def best(tile: torch.Tensor, kept: int) -> list[list[bool]]:
@@ -118,37 +122,42 @@ def test_differences_and_products_are_rounded_once_to_the_nearest_number(name: s
     products = iter(factors.tolist())
     wanted = keys_after(bits, form, lambda value: value * next(products))
     found = bits.copy()
-    scale_runs(found, form, numbers, run, mask)
+    scale_blocks(found.reshape(-1, run), form, numbers, mask)
     assert (found & magnitude).tolist() == wanted
     assert (found & sign).tolist() == np.where(factors > 0, bits & sign, 0).tolist()
-    assert mask.tolist() == [key > 0 for key in wanted]
+    assert mask.tolist() == (factors > 0).tolist()
 
     limits = form.values(np.sort(bits & magnitude))[30] * numbers
     each = iter(np.repeat(limits, run).tolist())
     rests = [value - next(each) for value in form.values(bits & magnitude).tolist()]
     wanted = [rounded(max(rest, 0), form) for rest in rests]
     found = bits.copy()
-    shrink_elements(found, form, limits, mask)
+    shrink_elements(found.reshape(-1, run), form, limits, mask)
     assert (found & magnitude).tolist() == wanted
     left = np.array([rest > 0 for rest in rests])
     assert (found & sign).tolist() == np.where(left, bits & sign, 0).tolist()
     assert mask.tolist() == [key > 0 for key in wanted]
 
 
-def test_factors_are_used_in_turn_and_again() -> None:
-    numbers, mask = np.arange(1.0, 1801).astype(np.float32), np.empty(1800, dtype=np.uint8)
-    for run, count in ((1, 7), (4, 3), (5, 9)):
-        factors = np.random.default_rng(run).choice([0.0, 0.25, 1.0], count)
-        each = np.resize(np.repeat(factors, run), 1800)
-        found = numbers.copy()
-        scale_runs(found.view("u4"), FORMATS["F32"], factors, run, mask)
-        assert found.tolist() == (numbers * each).tolist()
-
-
-def test_runs_are_marked_whole_where_one_of_them_is() -> None:
-    mask = np.array([0, 0, 1, 0, 0, 0, 0, 0, 1], dtype=np.uint8)
-    mark_runs(mask, 3)
-    assert mask.tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 1, 0, 2), (1, 3, 2, 0), (2, 3, 0, 1)])
+@pytest.mark.parametrize("gap", [1, 2])
+def test_blocks_in_any_storage_are_summed_and_scaled(rank: int, order: Shape, gap: int) -> None:
+    for shape in ((3, 4, 2, 5), (7, 1, 1, 4), (1, 8, 6, 1), (2, 1, 600, 1), (1, 1, 1, 1), (0, 2, 1, 3)):
+        chance = np.random.default_rng(rank)
+        stored = chance.uniform(-2, 2, [gap * shape[dim] for dim in order]).astype(np.float32)
+        view = stored[(slice(None, None, gap),) * 4].transpose(np.argsort(order))
+        before = stored.copy().transpose(np.argsort(order))[(slice(None, None, gap),) * 4]
+        sums = block_sums(view.view("u4"), rank, FORMATS["F32"], 2)
+        squares = torch.from_numpy(np.square(np.ascontiguousarray(view), dtype=np.float64))
+        assert sums.tolist() == pairwise_sum(squares, 4 - rank).tolist()
+        factors = np.asarray(chance.choice([0.0, 0.25, 1.0], shape[:rank]))
+        mask = np.full(view.size, 7, dtype=np.uint8)
+        scale_blocks(view.view("u4"), FORMATS["F32"], factors, mask)
+        each = np.broadcast_to(factors.reshape(factors.shape + (1,) * (4 - rank)), shape)
+        assert view.tolist() == (before * each).tolist()
+        in_storage = each.transpose(storage_order(view))
+        assert mask.tolist() == (in_storage.reshape(-1) > 0).tolist()
 
 
 @pytest.mark.parametrize("k_weight", [0, 1.0, 0.3])
@@ -170,6 +179,6 @@ def test_elements_move_towards_zero_by_the_limit_of_their_scope(name: str) -> No
     numbers = np.array([[1.0, -2.0, 0.25, -0.0], [4.0, -0.5, 0.5, -3.0]], dtype=f"f{form.itemsize}")
     mask = np.full(8, 7, dtype=np.uint8)
     limits = np.array([0.5, 0.0])
-    shrink_elements(numbers.view(f"u{form.itemsize}").reshape(-1), form, limits, mask)
+    shrink_elements(numbers.view(f"u{form.itemsize}"), form, limits, mask)
     assert numbers.tolist() == [[0.5, -1.5, 0.0, 0.0], [4.0, -0.5, 0.5, -3.0]]
     assert mask.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
