@@ -1,8 +1,8 @@
 """Soft thresholding: the proximal operator of t * ||block||, plain or with a diagonal conditioner.
 
 Works in place on fused blocks: a list with one tensor (*grid, *elements) per member, and thresholds (*grid).
-Everything is float64 and rounded once, in chunks that stay in the cache; all is looked at before the first
-element is written. A block's result does not depend on other blocks, nor on chunks.
+Everything is float64 and rounded once, in chunks, without conditioners by compiled loops on the CPU; all is
+looked at before the first element is written. A block's result does not depend on other blocks, nor on chunks.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
+from sparseprune.engine.kernels.shrinking import block_factors, scale_blocks, shrink_elements
 from sparseprune.engine.scoring import (
     INTEGERS,
     block_exponents,
@@ -21,6 +23,7 @@ from sparseprune.engine.scoring import (
     largest,
     outermost,
     pairwise_sum,
+    patterns,
     power_of_two,
     round_to,
 )
@@ -29,7 +32,10 @@ from sparseprune.errors import SparsityError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from sparseprune.engine.kernels.selecting import Mask
+
 _CHUNK, _DEVICE_CHUNK = 1 << 16, 1 << 22  # elements that are float64 at one time
+_LOOP_CHUNK = 1 << 19  # elements that compiled loops work on at one time
 _NARROW = 64  # blocks that are narrower get a factor for each column
 
 
@@ -43,11 +49,36 @@ def soft_threshold_euclidean(views: Sequence[Tensor], thresholds: Tensor, eps: f
         return
     if not thresholds.ndim:
         views, thresholds = [view.unsqueeze(0) for view in views], thresholds.unsqueeze(0)
-    rank = thresholds.ndim
     if eps == 0 and len(views) == 1 and views[0].numel() == thresholds.numel():
         _shrink_elements(views[0], _stretch(thresholds, views[0]))
         return
+    mask = np.empty(max(view.numel() for view in views), dtype=np.uint8)
+    for parts, limits in _cached(views, thresholds):
+        _scale_blocks(parts, limits, eps, mask)
+
+
+def _cached(views: Sequence[Tensor], thresholds: Tensor) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+    """Some blocks that lie together and stay in the cache, with their thresholds; else all of them."""
+    dim = outermost(views[0])
+    if len(views) > 1 or dim >= thresholds.ndim:
+        yield views, thresholds
+        return
+    for _, begin, size in _chunks(views[0], loops=True):
+        yield [views[0].narrow(dim, begin, size)], thresholds.narrow(dim, begin, size)
+
+
+def _scale_blocks(views: Sequence[Tensor], thresholds: Tensor, eps: float, mask: Mask) -> None:
+    """By compiled loops if they know all members and norms are finite; an infinite one keeps its block."""
+    rank = thresholds.ndim
     norms = fused_norms(views, tuple(thresholds.shape), 2)
+    known = [patterns(view) for view in views]
+    loops = [one for one in known if one is not None]
+    if len(loops) == len(views) and math.isfinite(float(norms.max())):
+        shares = block_factors(norms.numpy(), thresholds.numpy())
+        shares[norms.numpy() <= eps] = 0.0
+        for bits, form in loops:
+            scale_blocks(bits, form, shares, mask)
+        return
     kept = (norms > thresholds) & (norms > eps)
     factor = ((norms - thresholds) / norms).masked_fill_(norms.isinf(), 1.0)  # exact where they are close
     factor.masked_fill_(~kept, 0.0)
@@ -68,13 +99,19 @@ def _shrink_elements(view: Tensor, thresholds: Tensor) -> None:
     """Single elements: |v| - t with the sign of v, rounded once; +0.0 where that is not above 0."""
     endless = bool(distinct(thresholds).isinf().any())
     alike = is_constant(thresholds) and not endless
-    for dim, begin, size in _chunks(view):
+    loops, mask = patterns(view) is not None, np.empty(view.numel(), dtype=np.uint8)
+    for dim, begin, size in _chunks(view, loops=loops):
         part = view.narrow(dim, begin, size)
+        limits = thresholds.narrow(dim, begin, size)
+        known = patterns(part)
+        if known is not None:
+            each = distinct(limits).reshape(()) if alike else limits
+            shrink_elements(*known, each.numpy(), mask)
+            continue
         wide = part.to(torch.float64)
         if alike:
             shrunk = softshrink(wide, float(distinct(thresholds))).add_(0.0)  # minus 0 becomes 0
         else:
-            limits = thresholds.narrow(dim, begin, size)
             # Minus 0 is left of a threshold of 0; what is infinite and meets an infinite one is NaN.
             shrunk = (wide - wide.clamp(-limits, limits)).add_(0.0)
             shrunk = shrunk.nan_to_num_(0.0, math.inf, -math.inf) if endless else shrunk
@@ -247,10 +284,14 @@ def distinct(thresholds: Tensor) -> Tensor:
     return thresholds[(slice(0, 1),) * thresholds.ndim] if is_constant(thresholds) else thresholds
 
 
-def _chunks(view: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Parts that lie together, each a dimension, where it begins and how many places it has there."""
+def _chunks(view: Tensor, *, loops: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Parts that lie together, each a dimension, where it begins and how many places it has there.
+
+    Compiled `loops`, which need no float64 of them, take larger ones.
+    """
     dim = outermost(view)
     most = _CHUNK if view.device.type == "cpu" else _DEVICE_CHUNK
+    most = _LOOP_CHUNK if loops else most
     step = max(1, most * view.shape[dim] // max(1, view.numel()))
     for begin in range(0, view.shape[dim], step):
         yield dim, begin, min(step, view.shape[dim] - begin)

@@ -6,18 +6,24 @@ Owns the order of sums, which does not depend on chunks or threads. Called by bl
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparseprune.engine.dtypes import torch_dtype
+from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.sums import block_sums
 from sparseprune.errors import SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from sparseprune.engine.grids import Shape
+    from sparseprune.engine.kernels.formats import Format
 
 
 # The magnitude key of the largest value that is not NaN: infinity, or the largest number of E4M3.
@@ -32,6 +38,7 @@ _LARGEST_KEY = {
 _WITH_MAXIMUM = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # NaN where something is NaN
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The signed integers for bit patterns, by bytes of an element."""
+_FORMATS = {torch_dtype(name): form for name, form in FORMATS.items()}
 _CHUNK = 1 << 17  # elements turned into float64 at a time: 1 MiB, which stays in the cache
 _DEVICE_CHUNK = 1 << 22  # the same on other devices, where each operation takes some microseconds to begin
 
@@ -96,7 +103,7 @@ def fused_norms(views: Sequence[Tensor], grid_shape: Shape, p: float) -> Tensor:
     if not norms.numel():
         return norms
     if p == 2 and all(view.dtype.is_floating_point and view.dtype != torch.float64 for view in views):
-        first, *others = (_square_sums(view, len(grid_shape)) for view in views)
+        first, *others = (square_sums(view, len(grid_shape)) for view in views)
         for other in others:
             first += other
         return square_root(first)
@@ -127,8 +134,29 @@ def pairwise_sum(terms: Tensor, dims: int) -> Tensor:
     return terms
 
 
+def patterns(view: Tensor) -> tuple[NDArray[Any], Format] | None:
+    """The patterns of a tensor on the CPU, in its memory, for compiled loops; None where they know none."""
+    form = _FORMATS.get(view.dtype)
+    if form is None or view.device.type != "cpu":
+        return None
+    return view.detach().view(INTEGERS[form.itemsize]).numpy().view(form.pattern), form
+
+
+def square_sums(view: Tensor, rank: int) -> Tensor:
+    """The sums of squares of each block (*grid, *block), by the tree; these floats' squares fit in float64.
+
+    By compiled loops if they can, which take NaN for infinity.
+    """
+    known = patterns(view)
+    if known is not None:
+        sums = torch.from_numpy(np.asarray(block_sums(known[0], rank, known[1], 2)))
+        if sums.numel() and math.isfinite(float(sums.max())):
+            return sums
+    return _square_sums(view, rank)
+
+
 def _square_sums(view: Tensor, rank: int) -> Tensor:
-    """The sums of squares of each block, contiguous, by the tree; squares of these floats fit in float64.
+    """As `square_sums`, by operations on tensors.
 
     What is read together lies together: whole blocks, or else rows of columns that are blocks.
     """

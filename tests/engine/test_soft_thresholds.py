@@ -3,6 +3,7 @@
 import math
 import random
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
@@ -325,3 +326,31 @@ def test_a_block_does_not_depend_on_other_blocks_nor_on_chunks(
         BlockSpec(cut, extent).soft_threshold(threshold, diagonal)
         assert bits_of(cut.contiguous()) == bits_of(whole.contiguous())
     assert not torch.equal(whole, weight.permute(order))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("block", [(1, 1), (1, -1), (-1, 1), (3, 2), (1, 4), (-1, -1)])
+def test_compiled_loops_give_the_bits_of_operations_on_tensors(
+    dtype: torch.dtype, block: tuple[int, int]
+) -> None:
+    numbers = torch.randn(12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    numbers[0, 1] = -0.0
+    numbers[0, 2] = torch.finfo(dtype).smallest_normal / 4
+    infinite = numbers.clone()
+    infinite[5, 6] = 448 if dtype == torch.float8_e4m3fn else -math.inf
+    found: list[list[list[int]]] = []
+    for loops in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in () if loops else (proximal, scoring):
+                patch.setattr(module, "patterns", lambda _: None)
+            found.append([])
+            for given, turned, eps in product((numbers, infinite), (False, True), (None, 0.3)):
+                weight = given.clone().to(dtype)
+                view = weight.clone().t().contiguous().t() if turned else weight
+                spec = BlockSpec(view, block)
+                grid = torch.rand(spec.grid_shape, generator=torch.Generator().manual_seed(4))
+                norms = spec.norms()
+                for limits in (0.0, 0.4, grid * norms.nan_to_num(1.0, 1.0)):
+                    spec.soft_threshold(limits, eps=eps)
+                    found[-1].append([*bits_of(view.contiguous()), *bits_of(norms)])
+    assert found[0] == found[1]

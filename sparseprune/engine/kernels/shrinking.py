@@ -80,8 +80,8 @@ def _shrink(view: Bits, form: Format, numbers: Floats, mask: Mask, *, multiplies
         laid[...] = copy
         return
     inside = [dim >= rank or view.shape[dim] == 1 for dim in order]
-    begin = inside.index(False) if False in inside else len(order)
-    end = len(order) - inside[::-1].index(False) if False in inside else begin
+    begin = inside.index(False) if False in inside else 0
+    end = len(order) - inside[::-1].index(False) if False in inside else 0
     spread = numbers.reshape(numbers.shape + (1,) * (view.ndim - rank)).transpose(order)
     each = np.broadcast_to(spread, [*spread.shape[:begin], *laid.shape[begin:end], *spread.shape[end:]])
     by = np.ascontiguousarray(each).reshape(-1)
@@ -196,6 +196,7 @@ def _shrink_narrow(
             pattern -= np.uint32(halfway and errors[i] < 0)
             pattern += half - one + ((pattern >> shift) & one)
             key = pattern >> shift
+            key = infinity if key > infinity else key
             sign = np.uint32(bits[begin + i] & ~magnitude) * np.uint32(each[i] > 0)
             bits[begin + i] = key | sign
             mask[begin + i] = each[i] > 0 if multiplies else key > 0
