@@ -2,7 +2,7 @@
 
 Works in place on fused blocks: a list with one tensor (*grid, *elements) per member, and thresholds (*grid).
 Everything is float64 and rounded once, in chunks, without conditioners by compiled loops on the CPU; all is
-looked at before the first element is written. A block's result does not depend on other blocks, nor on chunks.
+looked at before the first element is written. What a block becomes depends neither on others nor on chunks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.selecting import Mask
 
 _CHUNK, _DEVICE_CHUNK = 1 << 16, 1 << 22  # elements that are float64 at one time
-_LOOP_CHUNK = 1 << 19  # elements that compiled loops work on at one time
+_LOOP_CHUNK = 1 << 20  # elements that compiled loops work on at one time
 _NARROW = 64  # blocks that are narrower get a factor for each column
 
 
@@ -52,8 +52,10 @@ def soft_threshold_euclidean(views: Sequence[Tensor], thresholds: Tensor, eps: f
     if eps == 0 and len(views) == 1 and views[0].numel() == thresholds.numel():
         _shrink_elements(views[0], _stretch(thresholds, views[0]))
         return
-    mask = np.empty(max(view.numel() for view in views), dtype=np.uint8)
+    mask = np.empty(0, dtype=np.uint8)
     for parts, limits in _cached(views, thresholds):
+        largest_part = max(part.numel() for part in parts)
+        mask = mask if mask.size >= largest_part else np.empty(largest_part, dtype=np.uint8)
         _scale_blocks(parts, limits, eps, mask)
 
 
