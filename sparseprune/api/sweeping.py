@@ -246,8 +246,8 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
         if nested is not None and all(one.instance.reconstruct is None for one in unit.tasks):
             where = f"[{nested.rule}] {nested.instance.label}"
             raise SpecError(
-                f"{where}: a sweep decides nested scopes only where it rebuilds them: say --reconstruct admm or "
-                "refit, or calibrate and give --stats"
+                f"{where}: a sweep decides nested scopes only where it rebuilds them: say --reconstruct admm "
+                "or refit, or calibrate and give --stats"
             )
         homes = {home.get(stored.name, "") for stored in unit.tensors}
         if len(homes) > 1:
