@@ -47,10 +47,10 @@ def select_tiles(bits: Bits, form: Format, columns: int, size: int, kept: int, k
         return
     # All but 2 of 4 keep, or drop, a single element in each row and column.
     chosen = np.array(list(permutations(range(size))), dtype=np.int64)
+    small, fours = (keep[:0], keep.view(np.uint32)) if size == 4 else (keep, np.empty(0, np.uint32))
     _select(
         bits, bits.size // size**2, columns, form.magnitude, form.mantissa, size, kept, chosen, len(chosen),
-        np.empty((size * size + 3) * _SIDE_BY_SIDE, dtype=np.int64), keep,
-        keep.view(np.uint32) if size == 4 else np.empty(0, dtype=np.uint32),
+        np.empty((size * size + 3) * _SIDE_BY_SIDE, dtype=np.int64), small, fours,
     )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def _select(bits, tiles, columns, magnitude, mantissa, size, kept, chosen, ways,
     """`scratch` has the elements of tiles, where each begins, and its key: the mask is in its lowest bits.
 
     The first element has the highest of these, so that of equal sums the largest key keeps lower indices.
+    Bytes of masks go to `keep`, those of tiles of four rows to `words`.
     """
     first = size * size * _SIDE_BY_SIDE
     found = first + _SIDE_BY_SIDE

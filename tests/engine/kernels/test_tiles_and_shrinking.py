@@ -15,6 +15,7 @@ from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.selecting import cut_below, two_keys
 from sparseprune.engine.kernels.shrinking import kth_mids, scale_blocks, shrink_elements
 from sparseprune.engine.kernels.sums import block_sums, storage_order
+from sparseprune.engine.kernels.tiles import select_tiles
 from sparseprune.engine.scoring import pairwise_sum
 
 Shape = tuple[int, ...]
@@ -48,6 +49,27 @@ def test_each_tile_keeps_its_best_pattern(size: int, kept: int) -> None:
         for first in (0, size):
             part = slice(first, first + size)
             assert masks[block][:, part].tolist() == best(weights[:, part], kept)
+
+
+@pytest.mark.parametrize("columns", [4, 12, 144])
+@pytest.mark.parametrize("name", FORMATS)
+def test_patterns_of_every_dtype_are_decided_by_their_magnitudes(name: str, columns: int) -> None:
+    form, chance = FORMATS[name], np.random.default_rng(columns)
+    step = 1 << max(0, form.mantissa - 20)  # so that sums are exact in whatever adds up
+    small, large = chance.integers(0, 1 << form.mantissa, (2, 8 * columns)) // step * step
+    numbers = np.where(chance.random(small.size) < 0.5, small, form.limit(1.0) + large)
+    numbers[: numbers.size // 2 : 3] = 0
+    numbers.reshape(8, -1)[4:, :4] = small.reshape(8, -1)[4:, :4]  # subnormal throughout
+    bits = numbers.astype(form.pattern)
+    keep = np.empty(bits.size, dtype=np.uint8)
+    signs = chance.integers(0, 2, bits.size).astype(form.pattern) << (8 * form.itemsize - 1)
+    select_tiles((bits | signs).astype(form.pattern), form, columns, 4, 2, keep)
+    values = torch.from_numpy(form.values(bits)).reshape(8, columns)
+    for row in (0, 4):
+        for column in range(0, columns, 4):
+            tile = (slice(row, row + 4), slice(column, column + 4))
+            wanted = best(values[tile], 2)
+            assert keep.reshape(8, columns)[tile].astype(bool).tolist() == wanted
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 5, 12, 40])
