@@ -127,6 +127,6 @@ def _implies(pair: tuple[int, int], pattern: Pattern) -> bool:
     """Whether N:M along rows has another N:M as well."""
     kept, group = pair
     return pattern.axis == -1 and (
-        (group == pattern.group and kept <= pattern.kept)
+        (group % pattern.group == 0 and kept <= pattern.kept)
         or (pattern.group % group == 0 and kept * (pattern.group // group) <= pattern.kept)
     )

@@ -47,6 +47,12 @@ def test_2_of_4_in_bfloat16_is_faster_where_inspect_says_so(tmp_path: Path) -> N
     ("spec", "dtype", "told"),
     [
         ("block = [1, 1]\nshape = [1, 2]\nnnz = 1\n", torch.float32, "in torch-cutlass"),
+        ("block = [1, 1]\nshape = [1, 8]\nnnz = 1\n", torch.float32, "in torch-cutlass"),
+        (
+            "block = [1, 1]\nshape = [1, 8]\nnnz = 2\n",
+            torch.bfloat16,
+            "in torch-cutlass, torch-cusparselt, torchao-fp8-2of4, torchao-fp8-rocm and 1 more",
+        ),
         ("block = [1, 1]\nshape = [1, 16]\nnnz = 8\n", torch.float16, "in coreml"),
         ("block = [1, 1]\nshape = [-1, -1]\nsparsity = 0.8\n", torch.float16, "in coreml"),
         ("block = [1, 1]\nshape = [4, 1]\nnnz = 2\n", torch.float32, "in no runtime as these zeros lie"),
