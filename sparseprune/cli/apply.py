@@ -55,13 +55,12 @@ def _summary(
         yield outcome_table(report)
     yield rules_table(report)
     totals, sizes = report.totals, report.bytes
-    left_alone = totals.numel - sum(rule.numel for rule in report.rules if rule.within is None)
     masks = f", masks {size(sizes.masks)}" if sizes.masks else ", no masks"
     lines = [
         f"pruned {totals.pruned:,} of {totals.numel:,} parameters ({percent(totals.sparsity)})",
         (
             f"left alone {totals.tensors - len(report.tensors)} of {totals.tensors} tensors, "
-            f"{left_alone:,} parameters"
+            f"{totals.numel - totals.covered:,} parameters"
         ),
     ]
     if report.target is not None:

@@ -93,6 +93,7 @@ def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None
     return ReportTotals(
         tensors=len(checkpoint.tensors),
         numel=numel,
+        covered=coverage.reached if coverage else 0,
         pruned=pruned,
         sparsity=share(pruned, numel),
         **coverage_totals(coverage),

@@ -340,6 +340,7 @@ class ReportTotals(Record):
 
     tensors: Count
     numel: Count
+    covered: Annotated[Count, Doc("elements that rules reach")]
     pruned: Annotated[Count, Doc("elements that masks drop")]
     sparsity: Annotated[Share, Doc("pruned / numel")]
     covers: Covers

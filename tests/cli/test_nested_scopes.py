@@ -215,6 +215,17 @@ def test_results_tell_what_each_level_drops(tmp_path: Path) -> None:
     assert written_report["totals"] == report["totals"]
 
 
+@pytest.mark.parametrize("names", [["3:4, 2:4, 1:4", "rows"], ["rows", "3:4, 2:4, 1:4"]], ids=str)
+def test_what_an_inner_rule_alone_reaches_is_not_left_alone(tmp_path: Path, names: list[str]) -> None:
+    written(tmp_path / "in", few_numbers(6))
+    (tmp_path / "spec.toml").write_text(spec_of([(name, "nnz = 2") for name in names]))
+    words = (tmp_path / "in", tmp_path / "spec.toml")
+    assert "left alone 0 of 3 tensors, 0 parameters" in ok("apply", *words, "-o", tmp_path / "out").err
+    totals = json.loads((tmp_path / "out/sparseprune/report.json").read_text())["totals"]
+    plan = json.loads(ok("plan", *words, "--json").out)["totals"]
+    assert totals["covered"] == plan["covered"] == totals["numel"]
+
+
 def test_a_level_that_is_broken_is_found(tmp_path: Path) -> None:
     levels, numbers = SOME["v:n:m"], few_numbers(8)
     numbers = {name: one + 20 for name, one in numbers.items()}
