@@ -31,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("untraced")
 
 Tensors = dict[str, torch.Tensor]
 SHARES = [(0.5, 1), (0.3, 2)]
+# Tiles of which rows and columns keep as many may have no such pattern inside of masks.
+PLAIN = [name for name, (spec, _) in CASES.items() if "transposable" not in spec]
 
 
 def prepare(folder: Path, spec: str, tensors: Tensors, masks: Tensors) -> None:
@@ -136,7 +138,7 @@ def surviving(share: float, multiple_of: int, left: int) -> int:
     return min(left, ceil((left - floor(left * share)) / multiple_of) * multiple_of)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_way_and_cut_keeps_within_the_masks(tmp_path: Path, name: str) -> None:
     spec, make = CASES[name]
     tensors = make(torch.bfloat16)
@@ -199,7 +201,7 @@ def test_every_dtype_is_kept_within_alike(tmp_path: Path, name: str, dtype: torc
     assert len(alike_in_all_ways(tmp_path)) > 1
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "soft" not in name and "thresh" not in name])
+@pytest.mark.parametrize("name", [name for name in PLAIN if "soft" not in name and "thresh" not in name])
 def test_every_way_drops_the_same_share_of_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
