@@ -347,3 +347,42 @@ def test_a_text_that_is_too_short_is_refused(home: Path, tmp_path: Path) -> None
     (tmp_path / "short.txt").write_text("w1 w2")
     said = refused("apply", home / "llama", "2of4-admm", "--text", tmp_path / "short.txt", *SIZES)
     assert "the text has 2 tokens" in said.err
+
+
+@pytest.mark.parametrize(
+    ("by", "more"), [("vnm", ("--set", "v=4")), ("mlp-channels-2of4", ()), ("mlp-channels-2of4", ("refit",))]
+)
+def test_nested_scopes_are_rebuilt_block_by_block(
+    home: Path, tmp_path: Path, by: str, more: tuple[str, ...]
+) -> None:
+    options = ("--reconstruct", *more) if more == ("refit",) else more
+    swept(home, "llama", tmp_path / "out", by, *options)
+    found = report(tmp_path / "out")
+    assert all(
+        rule["reconstructed"] == (options[1] if "refit" in more else "admm") for rule in found["rules"]
+    )
+    assert found["totals"]["output_error"] < found["totals"]["output_error_masked"]
+    assert run("verify", tmp_path / "out", by, *(more if "refit" not in more else ())).code == 0
+    assert not [one.name for one in tmp_path.iterdir() if one.name.startswith(".out")]
+
+
+def test_what_is_cut_out_of_nested_scopes_leaves_a_rebuilt_pattern(home: Path, tmp_path: Path) -> None:
+    by = "mlp-channels-2of4"
+    swept(home, "llama", tmp_path / "out", by)
+    assert run("remove", *words(home, "llama", by, "-o", tmp_path / "smaller")).code == 0
+    assert run("verify", tmp_path / "smaller", "2of4").code == 0
+    whole, smaller = weights(tmp_path / "out"), weights(tmp_path / "smaller")
+    name = "model.layers.0.mlp.up_proj.weight"
+    alive = (whole[name] != 0).any(1)
+    assert torch.equal(smaller[name], whole[name][alive])
+    down = name.replace("up", "down")
+    assert torch.equal(smaller[down], whole[down][:, alive])
+
+
+def test_levels_that_wait_for_a_text_and_are_not_rebuilt_are_refused(home: Path, tmp_path: Path) -> None:
+    score = 'score = { kind = "wanda", file = "stats" }\nreconstruct = { method = "none" }\n'
+    text = "version = 1\n" + MATRICES.replace("nnz = 2\n", f"nnz = 3\n{score}")
+    text += MATRICES.replace("scope.matrix", "scope.inner") + f'within = "matrix"\n{score}'
+    said = run("apply", *words(home, "llama", spec(tmp_path, text), "-o", tmp_path / "out"))
+    assert said.code == 2
+    assert "a sweep decides nested scopes only where it rebuilds them" in said.err
