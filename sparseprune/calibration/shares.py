@@ -8,7 +8,6 @@ api hands one over. Called by api.
 from __future__ import annotations
 
 import dataclasses
-import socket
 from collections import ChainMap, deque
 from contextlib import closing, contextmanager
 from itertools import count
@@ -24,7 +23,7 @@ from sparseprune.calibration.outbox import Note, Outbox, Piece, states_folder
 from sparseprune.calibration.sweeps import Streaming
 from sparseprune.calibration.text import Sequences
 from sparseprune.checkpoint import TensorReader
-from sparseprune.errors import MachineError
+from sparseprune.checkpoint.file_io import named_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -351,7 +350,7 @@ def do_share(batch: Batch) -> Iterator[Report]:
     """Do a share: pieces of sums, and notes of the blocks that are done, as they come."""
     setup: Setup = batch.setup.get()
     share = batch.share
-    with _named_errors(), _threads(setup.threads), TensorReader() as reader, states_folder() as folder:
+    with named_errors(), _threads(setup.threads), TensorReader() as reader, states_folder() as folder:
         loaded = load_model(setup.checkpoint, setup.device, reader)
         ids, counts, available = setup.text
         text = Sequences(torch.tensor(ids), torch.tensor(counts), available)
@@ -378,13 +377,3 @@ def _threads(many: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(usual)
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Errors of a machine say which one it is."""
-    try:
-        yield
-    except MachineError as error:
-        host = socket.gethostname()
-        raise type(error)(*(f"{line} (on machine {host})" for line in error.args)) from error

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,16 @@ def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterat
         yield
     except OSError as error:
         raise MachineError(f"{path}: {doing}: {error.strerror or error}") from error
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """MachineErrors say which machine they come from."""
+    try:
+        yield
+    except MachineError as error:
+        host = socket.gethostname()
+        raise type(error)(*(f"{line} (on machine {host})" for line in error.args)) from error
 
 
 @contextmanager

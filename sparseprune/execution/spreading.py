@@ -9,10 +9,9 @@ ClusterSource.
 from __future__ import annotations
 
 import pickle
-import socket
 import sys
 import threading
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from msgspec import Struct
 
 from sparseprune.checkpoint import TensorReader
+from sparseprune.checkpoint.file_io import named_errors
 from sparseprune.checkpoint.threads import Worker
 from sparseprune.errors import MachineError, SparsepruneError, one_of_many
 from sparseprune.execution.devices import Lanes, free_bytes
@@ -454,7 +454,7 @@ def do_group(group: Group) -> tuple[list[Any], tuple[tuple[int, str], ...]]:
     """The partial results of chunks, in their order, and the bytes that passed."""
     heard, share = _Heard(), group.setup.share
     passes = [_of(one) for one in group.passes]
-    with _named_errors(), TensorReader() as reader, _one_thread_of_torch():
+    with named_errors(), TensorReader() as reader, _one_thread_of_torch():
         io = _io(group.setup, reader, heard)
         jobs = (
             Job(order, "", "", _Part(passes[number], (chunk,)))
@@ -472,7 +472,7 @@ def write_file(batch: FileBatch) -> Iterator[Report]:
         Job(order, key, label, _Part(_of(current), names=batch.names))
         for order, key, label, current in batch.jobs
     ]
-    with _named_errors():
+    with named_errors():
         with batch.portion.open() as sink, TensorReader() as reader, _one_thread_of_torch():
             keeps = batch.portion.keeps_parts
             runner = Runner(jobs, _io(batch.setup, reader, heard, cast("Sink", sink)), heard, share.memory)
@@ -531,16 +531,6 @@ def _io(setup: Setup, reader: Source, heard: _Heard, sink: Sink | None = None) -
 def _one_thread_of_torch() -> AbstractContextManager[None]:
     """Passes that need torch have imported it by now."""
     return one_torch_thread() if "torch" in sys.modules else nullcontext()
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Errors of a machine say which one it is."""
-    try:
-        yield
-    except MachineError as error:
-        host = socket.gethostname()
-        raise type(error)(*(f"{line} (on machine {host})" for line in error.args)) from error
 
 
 # -- at the start ------------------------------------------------------------------------------------
