@@ -18,13 +18,13 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
 from sparseprune.errors import SparsityError
+from sparseprune.execution.block_norms import Known, block_pairs
 from sparseprune.execution.inputs import holds_rows, output_dim
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.plan import together
 from sparseprune.execution.ranking import Elements, along, diagonals, refuse_nonfinite
 from sparseprune.execution.regions import Region, leaves_of, members_of, regions_in
 from sparseprune.execution.runner import Job
-from sparseprune.execution.two_pass import Known, block_pairs
 from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:

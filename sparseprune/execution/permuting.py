@@ -20,6 +20,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
 from sparseprune.engine.permuting import best_order, pruned
 from sparseprune.errors import SparsityError
+from sparseprune.execution.block_norms import Known
 from sparseprune.execution.passes import Chunk, Decision, Outcomes, Pass
 from sparseprune.execution.permutable import SAMPLED
 from sparseprune.execution.pruning import one_torch_thread, stopped_by
@@ -27,7 +28,6 @@ from sparseprune.execution.ranking import Ranking
 from sparseprune.execution.regions import Region, cut, whole_part
 from sparseprune.execution.runner import Job, Record, write_through
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.two_pass import Known
 from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import make_output
 from sparseprune.checkpoint.resizing import lay_out_choice, open_choice
+from sparseprune.execution.block_norms import block_norms
 from sparseprune.execution.devices import Lanes
 from sparseprune.execution.nesting import within_masks
 from sparseprune.execution.passes import GivenUpError, OfOuter, Outcomes
+from sparseprune.execution.radix_select import radix_select
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.strategy import (
     BlockNorms,
@@ -27,7 +29,6 @@ from sparseprune.execution.strategy import (
 )
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.tiles import CopyUntouched, CutScopes
-from sparseprune.execution.two_pass import block_norms, radix_select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """Strategies: how a task is worked, chosen in this one place by shape, dtype, score and budget.
 
-Owns the conditions of each strategy and what it costs in memory. A strategy is plain data; the passes that
-follow it are in tiles, two_pass, torch_tiles, torch_out_of_core, reconstruct and nonzero_blocks. Reads no
+Owns the conditions of each strategy and what it costs in memory. A strategy is plain data; passes follow it
+in tiles, radix_select, block_norms, torch_tiles, torch_out_of_core, reconstruct and nonzero_blocks. Reads no
 data.
 """
 

@@ -1,8 +1,8 @@
 """Tiles: whole scopes, read, decided, cut and written at one time, by compiled loops.
 
-One way to load, cut and store a region, which two_pass and reapply share; what differs is the decision:
-scopes that lie one after the other as they are (contiguous), others after a copy in their order (strided).
-And what no rule touches. No torch. Strategy.py chooses, the runner calls.
+One way to load, cut and store a region, which radix_select, block_norms and reapply share; what differs is
+the decision: scopes that lie one after the other as they are (contiguous), others after a copy in their order
+(strided). And what no rule touches. No torch. Strategy.py chooses, the runner calls.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS
 from sparseprune.execution.devices import downloaded, in_smaller_parts
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass
+from sparseprune.execution.radix_select import digit_of
 from sparseprune.execution.regions import Part, block_part, members_of, regions_of, tiles
 from sparseprune.execution.torch_tiles import Tile, halves, read_parts
-from sparseprune.execution.two_pass import digit_of
 from sparseprune.execution.within import Search, told_survivors
 from sparseprune.spec import BoundScope
 

@@ -305,7 +305,7 @@ def _first_blocks(instance: BoundInstance) -> Iterator[tuple[BoundBlock, NDArray
     """Every leaf that loses blocks if the first ones of each scope survive, with flat flags of its blocks."""
     import numpy as np  # noqa: PLC0415
 
-    from sparseprune.execution.two_pass import by_leaf  # noqa: PLC0415
+    from sparseprune.execution.block_norms import by_leaf  # noqa: PLC0415
 
     scope, nnz = instance.scope, instance.budget.nnz
     members = () if isinstance(scope, BoundScope) else scope.members

@@ -13,13 +13,13 @@ from msgspec import Struct
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
+from sparseprune.execution.block_norms import block_norms, by_leaf
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
 from sparseprune.execution.plan import Task
 from sparseprune.execution.regions import SLAB_BYTES, Resources, leaves_of
 from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.two_pass import block_norms, by_leaf
 from sparseprune.execution.within import left_in
 from sparseprune.removal.preview import looker
 

@@ -18,7 +18,7 @@ from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
 from sparseprune.checkpoint.publish import StagingDir
 from sparseprune.execution import regions, schedule
-from sparseprune.execution.two_pass import ReduceBlocks
+from sparseprune.execution.block_norms import ReduceBlocks
 from sparseprune.removal.shrink import CutTensor
 from sparseprune.removal.slices import ReadSlices, read_slices
 from tests.checkpoint.files import content, names_in

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.scoring import INTEGERS, block_exponents, fused_norms, pairwise_sum, power_of_two
+from sparseprune.execution.block_norms import LeafMaxima, LeafSums
 from sparseprune.execution.ranking import Elements
 from sparseprune.execution.regions import sweep_of, whole_region
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
-from sparseprune.execution.two_pass import LeafMaxima, LeafSums
 from tests.execution.test_regions import elements_of, leaves, row_major, stored_tensor
 
 if TYPE_CHECKING:
