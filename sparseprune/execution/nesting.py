@@ -103,9 +103,9 @@ def _rebuilt_together(unit: WorkUnit, depths: Mapping[str, int]) -> WorkUnit | N
 
     SpecError where a level has no matrix with statistics.
     """
-    if all(task.instance.within is None for task in unit.tasks):
-        return None
-    if all(task.instance.reconstruct is None for task in unit.tasks):
+    method = next((one.instance.reconstruct for one in unit.tasks if one.instance.reconstruct), None)
+    is_nested = any(task.instance.within is not None for task in unit.tasks)
+    if method is None or not is_nested or not any(stored.numel for stored in unit.tensors):
         return None
     levels = tuple(sorted(unit.tasks, key=lambda task: depths[task.rule]))
     inputs = {(one.role, one.key): one for task in levels for one in task.inputs}
@@ -121,15 +121,15 @@ def _rebuilt_together(unit: WorkUnit, depths: Mapping[str, int]) -> WorkUnit | N
             )
     first = levels[0]
     scope = _whole(first.instance.label, unit.tensors)
-    instance = replace(first.instance, scope=scope, budget=Budget(nnz=1))
+    instance = replace(first.instance, scope=scope, budget=Budget(nnz=1), reconstruct=method)
     task = replace(first, instance=instance, inputs=tuple(inputs.values()), levels=levels)
     return replace(unit, tasks=(task,))
 
 
 def _whole(label: str, tensors: Sequence[StoredTensor]) -> BoundScope:
-    """A scope of one block: all of some tensors."""
+    """A scope of one block: all of some tensors that have elements."""
     filled = [stored for stored in tensors if stored.numel]
-    rank = max(1, *(len(stored.shape) for stored in filled))
+    rank = max(len(stored.shape) for stored in filled)
     leaves = []
     for stored in filled:
         shape = (*stored.shape, *(1,) * (rank - len(stored.shape)))

@@ -161,3 +161,17 @@ def test_levels_without_statistics_are_told(tmp_path: Path) -> None:
     applied(tmp_path, V_N_M, tensors, stats)
     said = refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec), "--force")
     assert "nested scopes are reconstructed together, and there are no statistics of 0.up.weight" in said.err
+
+
+def test_matrices_without_statistics_are_masked_alone_where_that_is_allowed(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    stats = {name: one for name, one in statistics(tensors).items() if "down" in name}
+    spec = with_head(ADMM + "optional = true\n", V_N_M)
+    pruned, report = applied(tmp_path, spec, tensors, stats)
+    masks = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
+    for name, mask in masks.items():
+        dense = tensors[name].where(mask, 0)
+        assert torch.equal(pruned[name], dense) == ("up" in name)
+    assert report["totals"]["output_error"] < report["totals"]["output_error_masked"]
+    assert sum(rule["pruned"] for rule in report["rules"][1:]) == report["totals"]["pruned"]
+    ok("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml", "-q")
