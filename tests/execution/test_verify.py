@@ -134,12 +134,18 @@ def scope_by_hand(
 
 
 def facts(verification: Verification) -> dict[str, Any]:
-    """What an outcome says, as `expected` has it."""
+    """What an outcome says, as `expected` has it, which tells rows and columns of tiles by the name."""
     rules = {
-        rule.name: (rule.scopes, rule.broken, rule.torn, dict(rule.survivors)) for rule in verification.rules
+        " ".join(filter(None, (rule.name, rule.along))): (
+            rule.scopes,
+            rule.broken,
+            rule.torn,
+            dict(rule.survivors),
+        )
+        for rule in verification.rules
     }
     tensors = {
-        (tensor.name, tensor.rule): (
+        (tensor.name, " ".join(filter(None, (tensor.rule, tensor.along)))): (
             tensor.scopes,
             tensor.broken,
             tensor.torn,
