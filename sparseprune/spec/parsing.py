@@ -96,7 +96,7 @@ def _in_shipped(variable: str) -> str:
     """The end of a text about a variable that a spec lacks: the few shipped specs that have it.
 
     >>> _in_shipped("n"), _in_shipped("zzz")
-    ('; among the shipped specs nofm has it', '')
+    ('; among the shipped specs nofm and vnm have it', '')
     """
     texts = {name: path.read_text(encoding="utf-8") for name, path in _shipped().items()}
     having = [name for name, text in texts.items() if variable in tomllib.loads(text).get("vars", {})]

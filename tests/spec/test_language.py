@@ -134,7 +134,7 @@ def test_what_is_no_var_is_a_problem_that_says_why(
 
 def test_setting_a_var_of_a_spec_without_vars_says_so() -> None:
     assert problems(ROWS, layers("a"), overrides={"n": "1"}) == [
-        's: --set n: [vars] has no "n"; the spec has no [vars]; among the shipped specs nofm has it'
+        's: --set n: [vars] has no "n"; the spec has no [vars]; among the shipped specs nofm and vnm have it'
     ]
 
 
