@@ -57,11 +57,14 @@ def chosen(arguments: tuple[Any, ...]) -> bool:
 
 def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with arrays of their own; those of one memory share one again."""
-    memory: dict[int, Any] = {}
-    return tuple(
-        memory.setdefault(one.ctypes.data, one.copy()).view(one.dtype) if isinstance(one, np.ndarray) else one
-        for one in arguments
-    )
+    memory: dict[tuple[int, int], Any] = {}
+
+    def copy(one: Any) -> Any:
+        if not isinstance(one, np.ndarray):
+            return one
+        return memory.setdefault((one.ctypes.data, one.nbytes), one.copy()).view(one.dtype)
+
+    return tuple(map(copy, arguments))
 
 
 def compared(run: Callable[..., Any]) -> Callable[..., Any]:
