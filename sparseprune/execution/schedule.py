@@ -324,10 +324,10 @@ def _joined(groups: list[TaskGroup]) -> TaskGroup:
 
 
 def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
-    """The tasks of a unit; under a threshold one for each member of a coupling, with its number."""
+    """The tasks of a unit; under a threshold one for each member of a coupling, block by block."""
     for task in unit.tasks:
         instance = task.instance
-        if instance.budget.nnz is not None or len(members_of(instance.scope)) == 1:
+        if instance.budget.nnz is not None:
             yield task, 0
             continue
         for number, (member, _) in enumerate(members_of(instance.scope)):
