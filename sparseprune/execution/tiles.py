@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
+_SHRUNK = 1 << 17  # elements that shrink at one time: the system hands out less memory anew; measured
+
+
 class RegionPass(Pass):
     """Regions that are read, cut and written independently of each other, some of them in one chunk.
 
@@ -291,15 +294,15 @@ def _shrink(blocks: Bits, form: Format, selection: Selection, mask: Mask) -> Non
 
     `blocks` are flat elements, or (*scopes, *blocks of a scope, *elements of a block) in any storage.
     """
-    norms = _norms(blocks, form, selection) if selection.block > 1 else None
+    if selection.block == 1:
+        _shrink_elements(blocks, form, selection, mask)
+        return
+    norms = _norms(blocks, form, selection)
     if selection.threshold is not None:
         limits = np.full(1, selection.threshold)
     else:
-        ranked, ranks = (blocks, form) if norms is None else (norms.view(np.uint64), FORMATS["F64"])
-        limits = kth_mids(ranked, ranks, selection.blocks, selection.nnz, selection.k_weight or 0.0)
-    if norms is None:
-        shrink_elements(blocks.reshape(limits.size, blocks.size // limits.size), form, limits, mask)
-        return
+        ranked, k_weight = norms.view(np.uint64), selection.k_weight or 0.0
+        limits = kth_mids(ranked, FORMATS["F64"], selection.blocks, selection.nnz, k_weight)
     if selection.scales:
         limits = limits * math.sqrt(selection.block)
     factors = block_factors(norms.reshape(limits.size, -1), limits[:, None]).reshape(-1)
@@ -309,6 +312,19 @@ def _shrink(blocks: Bits, form: Format, selection: Selection, mask: Mask) -> Non
     lowest = 2 * math.sqrt(selection.block) * float(form.values(np.ones(1, dtype=form.pattern))[0])
     if bool(((factors > 0) & (norms * factors < lowest)).any()):
         _drop_empty(blocks, form, factors.reshape(grid), mask)
+
+
+def _shrink_elements(bits: Bits, form: Format, selection: Selection, mask: Mask) -> None:
+    """Soft thresholds of flat elements, some scopes at one time, whose limits take little memory then."""
+    if selection.threshold is not None:
+        shrink_elements(bits[None], form, np.full(1, selection.threshold), mask)
+        return
+    step = max(1, _SHRUNK // selection.blocks) * selection.blocks
+    for begin in range(0, bits.size, step):
+        some = bits[begin : begin + step]
+        limits = kth_mids(some, form, selection.blocks, selection.nnz, selection.k_weight or 0.0)
+        rows = some.reshape(limits.size, selection.blocks)
+        shrink_elements(rows, form, limits, mask[begin : begin + step])
 
 
 def _drop_empty(blocks: Bits, form: Format, factors: Floats, mask: Mask) -> None:
