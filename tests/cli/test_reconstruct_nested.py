@@ -9,7 +9,7 @@ import sparseprune
 from sparseprune import BlockCoupling, BlockSpec, Level, Matrix, ScopeSpec, admm, nested_projection, refit
 from tests.cli.test_reconstruct import ADMM, REFIT, Tensors, applied, relative_error, statistics, with_head
 from tests.commands import ok, refused
-from tests.samples import mlp_tensors, write_spec
+from tests.samples import CHANNELS, mlp_tensors, write_spec
 
 V_N_M = """
 version = 1
@@ -25,26 +25,9 @@ shape = [1, 8]
 nnz = 2
 within = "columns"
 """
-IN_CHANNELS = """
-version = 1
-[block.up]
-tensors = "{layer}.up.weight"
-shape = [1, -1]
-[block.bias]
-tensors = "{layer}.up.bias"
-shape = [1]
-[block.down]
-tensors = "{layer}.down.weight"
-shape = [-1, 1]
-[block_coupling.channel]
-blocks = ["up", "bias", "down"]
-orders = [[0, 1], [0, 1], [1, 0]]
-[scope.channels]
-block = "channel"
-shape = [-1, -1]
-nnz = 12
+IN_CHANNELS = f"""{CHANNELS.replace("scope.mlp", "scope.channels")}
 [scope.fine]
-tensors = "{layer}.{name:up|down}.weight"
+tensors = "{{layer}}.{{name:up|down}}.weight"
 block = [1, 1]
 shape = [1, 4]
 nnz = 2
