@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def held() -> int:
     return sum(found.values())
 
 
+@pytest.fixture
+def _frozen() -> Iterator[None]:
+    """What was there before is not looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_frozen")
 @pytest.mark.parametrize("way", ["through", "back"])
 def test_no_layer_adds_to_what_is_in_memory(
     way: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

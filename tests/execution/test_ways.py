@@ -1,7 +1,6 @@
 """All ways of working, however the work is cut, end in the bytes of the one that is always right."""
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tests.limits import AMPLE, WAYS, force, narrow
 
 pytestmark = pytest.mark.usefixtures("untraced")
 
-CUTS = {"small": (64, 16, 3), "tiny": (1, 1, 1)}
+SMALL, TINY = (64, 16, 3), (1, 1, 1)
 
 
 def applied(folder: Path, name: str, *options: object) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -44,6 +43,25 @@ def prepare(folder: Path, spec: str, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "spec.toml").write_text(spec)
 
 
+def alike_in_all_ways(
+    folder: Path, cut: tuple[int, int, int] = (64, 16, 1), ways: tuple[str, ...] = WAYS
+) -> list[Any]:
+    """How it was worked, each once, ending in the bytes of whole scopes in the engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(folder, f"reference-{cut[0]}")
+    slab, tile, jobs = cut
+    worked: list[Any] = []
+    for way in ways:
+        with pytest.MonkeyPatch.context() as patch:
+            narrow(patch, slab, tile)
+            force(patch, way)
+            if (how := strategies(folder, jobs)) not in worked:
+                worked.append(how)
+                assert applied(folder, f"{way}-{slab}", "--jobs", jobs) == reference, (way, cut)
+    return worked
+
+
 def strategies(folder: Path, jobs: int) -> list[Any]:
     """How a run would be worked."""
     plan = make_plan(open_checkpoint(folder / "in"), parse_spec((folder / "spec.toml").read_text()))
@@ -54,48 +72,34 @@ def strategies(folder: Path, jobs: int) -> list[Any]:
 def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(tmp_path: Path, name: str) -> None:
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(torch.bfloat16))
-    with pytest.MonkeyPatch.context() as patch:
-        force(patch, "torch_in_memory")
-        reference = applied(tmp_path, "reference")
-    third = list(CASES).index(name) % 3
-    for cut, (slab, tile, jobs) in CUTS.items():
-        worked: list[Any] = []
-        for way in WAYS if cut == "small" else WAYS[third::3]:
-            with pytest.MonkeyPatch.context() as patch:
-                narrow(patch, slab, tile)
-                force(patch, way)
-                if (how := strategies(tmp_path, jobs)) not in worked:
-                    worked.append(how)
-                    assert applied(tmp_path, f"{way}-{cut}", "--jobs", jobs) == reference, (way, cut)
+    number = list(CASES).index(name)
+    alike_in_all_ways(tmp_path, SMALL, WAYS[number % 2 :: 2])  # the other ones within masks: test_ways_within
+    if number % 2:
+        alike_in_all_ways(tmp_path, TINY, (WAYS[number // 2 % len(WAYS)],))
+
+
+DTYPES = (*FLOATS, *INTEGERS)
+OF_ALL_DTYPES = (
+    "2:4", "4:8", "whole rows", "over all tensors", "channels", "blocks along rows", "transposable 2:4",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        *product(FLOATS[::2] + INTEGERS[1::2], ["2:4", "whole rows", "channels", "transposable 2:4"]),
-        *product(
-            FLOATS[1::2] + INTEGERS[::2], ["4:8", "over all tensors", "blocks along rows", "transposable 2:4"]
-        ),
+        (dtype, OF_ALL_DTYPES[(2 * number + more) % len(OF_ALL_DTYPES)])
+        for number, dtype in enumerate(DTYPES)
+        for more in range(2)
     ],
     ids=str,
 )
 def test_every_dtype_is_pruned_alike_by_every_way(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(dtype))
-    with pytest.MonkeyPatch.context() as patch:
-        force(patch, "torch_in_memory")
-        reference = applied(tmp_path, "reference")
-    worked: list[Any] = []
-    for way in ("contiguous", "strided", "radix_select", "block_norms", "torch_out_of_core"):
-        with pytest.MonkeyPatch.context() as patch:
-            narrow(patch, 64, 256 if "transposable" in spec else 16)
-            force(patch, way)
-            if (how := strategies(tmp_path, 1)) not in worked:
-                worked.append(how)
-                assert applied(tmp_path, way, "--jobs", 1) == reference, way
+    alike_in_all_ways(tmp_path, (64, 256 if "transposable" in spec else 16, 1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", list(CASES)[::3])
 def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> None:
     from sparseprune import load_masks
 
@@ -192,8 +196,11 @@ PRUNING = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, FLOATS[(number + more) % len(FLOATS)]) for number, name in enumerate(PRUNING) for more in (0, 3)],
+    ids=str,
+)
 def test_what_is_not_finite_ranks_last_in_every_way(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     block, shape, budget = PRUNING[name]
     norm = ', norm = "inf"' if "maximum" in name else ""
@@ -208,15 +215,5 @@ def test_what_is_not_finite_ranks_last_in_every_way(tmp_path: Path, name: str, d
         weight[20, 5:9] = float("-inf")
         weight[:, 30] = float("inf")
     prepare(tmp_path, f"version = 1\n[scope.all]\n{table}", {"w": weight.to(dtype)})
-    with pytest.MonkeyPatch.context() as patch:
-        force(patch, "torch_in_memory")
-        reference = applied(tmp_path, "reference")
-    worked: list[Any] = []
-    for way in WAYS:
-        with pytest.MonkeyPatch.context() as patch:
-            narrow(patch, 64, 16)
-            force(patch, way)
-            if (how := strategies(tmp_path, 2)) not in worked:
-                worked.append(how)
-                assert applied(tmp_path, way, "--jobs", 2) == reference, way
+    worked = alike_in_all_ways(tmp_path, (64, 16, 2))
     assert len(worked) > 1 or dtype == torch.float64  # whose blocks need torch

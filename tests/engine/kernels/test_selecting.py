@@ -83,7 +83,7 @@ def test_keeps_what_a_stable_sort_keeps_at_every_border_of_the_loops(width: int,
     sizes = {1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32, 33, lanes, PAIRWISE_LIMIT - 1, PAIRWISE_LIMIT}
     sizes |= {PAIRWISE_LIMIT + 1, 255, 256, 257, 300}
     for blocks in sorted(sizes):
-        for scopes in (1, 2, 3, 64, 65):
+        for scopes in (1, 3, 64, 65) if blocks < PAIRWISE_LIMIT - 1 else (1, 3):
             bits = drawn(width, blocks * scopes, kind, blocks)
             for nnz in {0, 1, 2, blocks // 2, blocks - 1, blocks} & set(range(blocks + 1)):
                 problem = bits, WITHOUT_SIGN[width], blocks, nnz
@@ -94,7 +94,7 @@ def test_keeps_what_a_stable_sort_keeps_at_every_border_of_the_loops(width: int,
 @pytest.mark.parametrize("width", WIDTHS)
 def test_scopes_inside_words_are_selected_in_any_number_of_words(width: int, kind: str) -> None:
     lanes = 64 // width
-    for words in (1, 2, 255, 256, 257, 512, 513):
+    for words in (1, 255, 256, 257, 513):
         for blocks in (size for size in (1, 2, 4, 8) if size <= lanes):
             for missing in range(0, lanes, blocks):  # the last word is whole, or has some scopes only
                 bits = drawn(width, words * lanes - missing, kind, words)
