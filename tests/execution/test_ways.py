@@ -18,7 +18,7 @@ from tests.limits import AMPLE, WAYS, force, narrow
 
 pytestmark = pytest.mark.usefixtures("untraced")
 
-SMALL, TINY = (64, 16, 3), (1, 1, 1)
+SMALL, TINY = (64, 48, 3), (1, 1, 1)
 
 
 def applied(folder: Path, name: str, *options: object) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -44,7 +44,7 @@ def prepare(folder: Path, spec: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def alike_in_all_ways(
-    folder: Path, cut: tuple[int, int, int] = (64, 16, 1), ways: tuple[str, ...] = WAYS
+    folder: Path, cut: tuple[int, int, int] = (64, 48, 1), ways: tuple[str, ...] = WAYS
 ) -> list[Any]:
     """How it was worked, each once, ending in the bytes of whole scopes in the engine."""
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,7 @@ OF_ALL_DTYPES = (
 def test_every_dtype_is_pruned_alike_by_every_way(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(dtype))
-    alike_in_all_ways(tmp_path, (64, 256 if "transposable" in spec else 16, 1))
+    alike_in_all_ways(tmp_path, (64, 256 if "transposable" in spec else 48, 1))
 
 
 @pytest.mark.parametrize("name", list(CASES)[::3])
@@ -215,5 +215,5 @@ def test_what_is_not_finite_ranks_last_in_every_way(tmp_path: Path, name: str, d
         weight[20, 5:9] = float("-inf")
         weight[:, 30] = float("inf")
     prepare(tmp_path, f"version = 1\n[scope.all]\n{table}", {"w": weight.to(dtype)})
-    worked = alike_in_all_ways(tmp_path, (64, 16, 2))
+    worked = alike_in_all_ways(tmp_path, (64, 48, 2))
     assert len(worked) > 1 or dtype == torch.float64  # whose blocks need torch

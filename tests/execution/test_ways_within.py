@@ -87,7 +87,7 @@ def strategies(folder: Path, jobs: int = 1) -> list[Any]:
 
 
 def alike_in_all_ways(
-    folder: Path, cut: tuple[int, int, int] = (64, 16, 2), ways: tuple[str, ...] = WAYS
+    folder: Path, cut: tuple[int, int, int] = (64, 48, 2), ways: tuple[str, ...] = WAYS
 ) -> set[str]:
     """The ways that were taken, once their bytes are equal to those of whole scopes in the engine."""
     if not (folder / "reference").exists():
@@ -342,7 +342,7 @@ def test_what_is_not_finite_matters_only_where_a_mask_keeps_it(
     if nonfinite == "prune":
         in_shares(monkeypatch, 0.5, 1)
         (tmp_path / "reference").rename(tmp_path / "by number")
-        alike_in_all_ways(tmp_path, (26, 16, 1))
+        alike_in_all_ways(tmp_path, (26, 48, 1))
         return
     weight[tuple(mask.nonzero()[5].tolist())] = float("nan")
     save_file({**tensors, "a.weight": weight.to(dtype)}, tmp_path / "in" / "model.safetensors")
