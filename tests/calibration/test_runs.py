@@ -143,8 +143,13 @@ def loaded_of(name: str, folder: Path, reader: TensorReader) -> LoadedModel:
     return load_model(open_checkpoint(saved), "cpu", reader)
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-@pytest.mark.parametrize("name", "llama gemma3n_text zamba2 deepseek_v3 bart t5 albert mllama".split())
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [
+        *((name, 0) for name in "llama gemma3n_text zamba2 bart mllama".split()),
+        *((name, 1 << 30) for name in "llama deepseek_v3 t5 albert".split()),
+    ],
+)
 def test_streamed_outputs_are_those_of_the_whole_model(name: str, room: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(4, 50, shape, generator=generator) for shape in ((2, 24), (1, 17))]

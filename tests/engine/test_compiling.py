@@ -9,6 +9,7 @@ import pytest
 
 from sparseprune.engine.kernels import compiling, counting, selecting, sums
 from sparseprune.engine.kernels.compiling import Loop, compiled, inlined
+from sparseprune.engine.kernels.formats import FORMATS, Format
 from tests.commands import python
 
 LOOPS = sorted(
@@ -130,8 +131,22 @@ def test_the_users_cache_folder_comes_second(monkeypatch: pytest.MonkeyPatch, tm
     assert list(compiling._folders())[1] == Path(os.path.expanduser("~/.cache/sparseprune"))  # noqa: PTH111
 
 
-def test_loops_call_what_is_inlined_also_through_each_other() -> None:
-    assert four_times_the_sum(np.arange(5, dtype=np.uint16), 5) == 40
+def test_loops_call_what_is_inlined_also_through_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_folders", lambda: iter([tmp_path]))
+    fresh = Loop(four_times_the_sum.function, four_times_the_sum.signature, reorders=False)
+    assert fresh(np.arange(5, dtype=np.uint16), 5) == 40
+
+
+@pytest.mark.parametrize("form", [FORMATS["F32"], FORMATS["F64"]], ids=lambda form: form.name)
+def test_loops_read_values_of_both_widths(
+    form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_folders", lambda: iter([tmp_path]))
+    fresh = Loop(counting._energy.function, counting._energy.signature, reorders=True)
+    bits = np.array([3.0, -0.0, -4.0], dtype=f"f{form.itemsize}").view(form.pattern)
+    assert fresh(bits, bits.size, *form.numbers) * form.scale**2 == 25.0
 
 
 def test_an_array_with_gaps_is_refused() -> None:

@@ -280,7 +280,8 @@ def test_what_a_threshold_would_drop_is_found_by_every_strategy_and_cut(tmp_path
         wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
         worked: list[Any] = []
         slab, tile, jobs = (1, 1, 1) if path.stem == "changed0" else (64, 16, 3)
-        for strategy in STRATEGIES:
+        one = list(CASES).index(name) % len(STRATEGIES)
+        for strategy in STRATEGIES if slab > 1 else STRATEGIES[one : one + 1]:
             with pytest.MonkeyPatch.context() as patch:
                 narrow(patch, slab, tile)
                 force(patch, strategy)

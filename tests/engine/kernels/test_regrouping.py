@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sparseprune.engine.kernels.regrouping import FOUR, lost, trade
 
-SEEDS = range(8)  # all of these calls are run as Python, too
+SEEDS = (5, 6, 7, 8, 14, 16, 19, 20)  # which lead to calls that are run as Python, too
 
 
 def whole_numbers(columns: int, rows: int, seed: int) -> NDArray[np.float32]:
