@@ -38,7 +38,7 @@ DECODERS = (
     "recurrent_gemma lfm2_moe minimax deepseek_v3 gpt_oss longcat_flash openai-gpt qwen2_vl"
 ).split()
 ENCODER_DECODERS = "t5 bart t5gemma".split()
-ENCODERS = "bert deberta_v2 modernbert xlnet clip".split()
+ENCODERS = "bert deberta_v2 modernbert esm xlnet clip".split()
 ROOMY = 1 << 30
 ZOO = {species.name: species for species in zoo.ZOO}
 

@@ -220,8 +220,18 @@ def test_every_way_drops_the_same_share_of_what_is_left(
     assert len(alike_in_all_ways(tmp_path)) > 1
 
 
-@pytest.mark.parametrize("share", [*SHARES, (0.0, 1), (1.0, 1), (0.9, 4)], ids=str)
-@pytest.mark.parametrize("name", STRUCTURES)
+ALL_SHARES = [*SHARES, (0.0, 1), (1.0, 1), (0.9, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        (name, ALL_SHARES[(number + more) % len(ALL_SHARES)])
+        for number, name in enumerate(STRUCTURES)
+        for more in (0, 2)
+    ],
+    ids=str,
+)
 def test_the_share_of_what_is_left_is_what_plain_loops_drop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: tuple[float, int]
 ) -> None:
@@ -286,9 +296,10 @@ CODES = {
 }
 
 
-@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("name", ["2:4", "whole rows", "whole tensors", "rows as blocks of a tensor"])
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize(
+    ("codes", "shares"), [(codes, (number % 2) > 0) for number, codes in enumerate([*CODES, *CODES])]
+)
 def test_codes_are_kept_within_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: str, name: str, shares: bool
 ) -> None:
