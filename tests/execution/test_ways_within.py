@@ -296,10 +296,9 @@ CODES = {
 }
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("name", ["2:4", "whole rows", "whole tensors", "rows as blocks of a tensor"])
-@pytest.mark.parametrize(
-    ("codes", "shares"), [(codes, (number % 2) > 0) for number, codes in enumerate([*CODES, *CODES])]
-)
+@pytest.mark.parametrize("codes", CODES)
 def test_codes_are_kept_within_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: str, name: str, shares: bool
 ) -> None:
