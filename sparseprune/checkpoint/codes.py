@@ -19,7 +19,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import Shape, prod
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from sparseprune.checkpoint.source import StoredTensor
 
@@ -105,7 +105,7 @@ class Codes(Struct, frozen=True):
     `what` says it in words, and `packed` in which way elements hold more than one code, or less ("" where
     each is one), with the `bits` of a code, 0 where nobody tells. `beside` names all that belongs to the
     tensor. `no_values` and `no_zero` say why nobody can tell which numbers the codes stand for, and which of
-    them stand for zero.
+    them stand for zero. Codes of one `form` differ only in the names and places of tensors; 0 is none.
     """
 
     what: str
@@ -117,6 +117,7 @@ class Codes(Struct, frozen=True):
     unit: float = 1.0
     no_values: str = ""
     no_zero: str = ""
+    form: int = 0
 
     @property
     def is_counted(self) -> bool:
@@ -151,9 +152,11 @@ def with_codes(tensors: Tensors, config: Callable[[], Config | None]) -> Tensors
         for name in may_lack:
             if len(tensors[name].shape) > 1 and name.rpartition(".")[2] in {"weight", *_STACKED}:
                 found.setdefault(name, {})
-    hints = _Hints.of(document)
-    codes = {name: _codes(tensors[name], roles, tensors, hints) for name, roles in found.items()}
-    return {name: replace(one, codes=codes[name]) if name in codes else one for name, one in tensors.items()}
+    codes = _codes_of(found, tensors, _Hints.of(document))
+    return {
+        name: type(one)(one.entry, one.shard, codes[name]) if name in codes else one
+        for name, one in tensors.items()
+    }
 
 
 _MAY_LACK = frozenset({"I8", *_EIGHT_BITS})
@@ -230,11 +233,14 @@ def _named(tensors: Tensors) -> dict[str, dict[str, str]]:
     """The tensors that names tell to be codes: for each, what lies beside it by the part that it plays."""
     found: dict[str, dict[str, str]] = {}
     endings = (*_BY_LENGTH, *_PACKED)
+    ends: dict[str, str] = {}  # many names have few ends
     for name in [name for name in tensors if name.endswith(endings)]:
         if name.endswith(_PACKED):
             found.setdefault(name, {})
             continue
-        end = next(end for end in _BY_LENGTH if name.endswith(end))
+        last = name[-len(_BY_LENGTH[0]) :]
+        end = ends.get(last) or next(end for end in _BY_LENGTH if name.endswith(end))
+        ends[last] = end
         owner = _owner(name[: -len(end)], end, tensors)
         if owner is not None:
             role = _ENDS.get(end) or _NAMES[end]
@@ -258,6 +264,33 @@ def _owner(stem: str, end: str, tensors: Tensors) -> str | None:
         names = (f"{stem}{more}" for more in _STORED_AS)
         return next((name for name in names if name in tensors), None)
     return next((stem + name for name in _WEIGHTS if stem + name in tensors), None)
+
+
+def _codes_of(found: Mapping[str, Mapping[str, str]], tensors: Tensors, hints: _Hints) -> dict[str, Codes]:
+    """What the elements of tensors mean, beside which there is what was `found`: each form is told once."""
+    first_of: dict[Hashable, Codes] = {}
+    codes: dict[str, Codes] = {}
+    for name, roles in found.items():
+        entries = [tensors[one].entry for one in (name, *roles.values())]
+        alike = (name.endswith(_PACKED), name.endswith("_blocks"), *roles)
+        form = (*alike, *[(entry.dtype, entry.shape) for entry in entries])
+        first = first_of.get(form)
+        if first is None:
+            made = _codes(tensors[name], roles, tensors, hints)
+            codes[name] = made
+            if not made.no_values and not made.no_zero:  # which name tensors
+                codes[name] = first_of[form] = replace(made, form=len(first_of) + 1)
+            continue
+        scale, zero = first.scale, first.zero_point
+        if scale is not None:
+            there = roles["scale"] if "scale" in roles else roles["rows of 127"]
+            scale = Beside(tensors[there], scale.dtype, scale.block)
+        if zero is not None:
+            zero = Beside(tensors[roles["zero"]], zero.dtype, zero.block)
+        beside = tuple(roles.values())
+        said = (first.what, beside, first.packed, first.bits)
+        codes[name] = Codes(*said, scale, zero, first.unit, form=first.form)
+    return codes
 
 
 def _codes(stored: StoredTensor, roles: Mapping[str, str], tensors: Tensors, hints: _Hints) -> Codes:

@@ -28,7 +28,7 @@ CodesRank = Literal["values", "patterns"]
 
 def rank_of_codes(instance: BoundInstance, tensors: Tensors) -> CodesRank | None:
     """How the elements of an instance are ranked; None where it reaches no codes."""
-    if all(tensors[leaf.tensor].codes is None for leaf in instance.scope.leaves):
+    if not any(tensors[leaf.tensor].codes for leaf in instance.scope.leaves):
         return None
     kind = kind_of(instance.score)
     if kind.ranks_blocks or (kind.reads == "values" and kind.elements is None):
@@ -36,13 +36,15 @@ def rank_of_codes(instance: BoundInstance, tensors: Tensors) -> CodesRank | None
     return "patterns" if kind.ranks_weights and _have_one_scale(instance, tensors) else "values"
 
 
-def refusals(instance: BoundInstance, tensors: Tensors, *, scored: bool, writes: bool) -> Iterator[str]:
-    """A line for every tensor of codes with which an instance cannot do what it should.
+def refusals(
+    instance: BoundInstance, tensors: Tensors, rank: CodesRank | None, *, scored: bool, writes: bool
+) -> Iterator[str]:
+    """A line for every tensor of codes, so ranked, with which an instance cannot do what it should.
 
     `scored`: blocks compete by their scores. `writes`: zeros are written or looked for; else slices are cut
     out, for which any bytes will do.
     """
-    rank, kind = rank_of_codes(instance, tensors), kind_of(instance.score)
+    kind = kind_of(instance.score)
     for name in dict.fromkeys([leaf.tensor for leaf in instance.scope.leaves]):
         codes = tensors[name].codes
         if codes is None:

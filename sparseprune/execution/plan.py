@@ -298,13 +298,24 @@ def _ranks_of_codes(
     if not codes_in(tensors):
         return []
     problems: dict[str, list[str]] = {}
+    known: dict[Hashable, CodesRank | None] = {}  # of what has one form and can be done
+    ranks: list[CodesRank | None] = []
     for rule, instance in bound.instances():
-        lines = refusals(instance, tensors, scored=is_scored(instance), writes=writes)
-        problems.setdefault(rule.name, []).extend(f"[{rule.name}] {line}" for line in lines)
+        codes = [tensors[leaf.tensor].codes for leaf in instance.scope.leaves]
+        form = (instance.form, is_scored(instance), *[one and one.form for one in codes])
+        if form in known:
+            ranks.append(known[form])
+            continue
+        ranks.append(rank_of_codes(instance, tensors))
+        found = refusals(instance, tensors, ranks[-1], scored=is_scored(instance), writes=writes)
+        lines = [f"[{rule.name}] {line}" for line in found]
+        problems.setdefault(rule.name, []).extend(lines)
+        if not lines and all(one is None or one.form for one in codes):
+            known[form] = ranks[-1]
     told = [one_of_many(list(dict.fromkeys(lines))) for lines in problems.values() if lines]
     if told:
         raise SpecError(*told)
-    return [rank_of_codes(instance, tensors) for _, instance in bound.instances()]
+    return ranks
 
 
 def together(collections: Iterable[Collection[Hashable]]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sparseprune.checkpoint import Shard, StoredTensor, open_checkpoint
 from sparseprune.checkpoint.codes import Codes, names_beside, quantization_of, with_codes
@@ -211,3 +212,29 @@ def test_two_scales_are_one_too_many() -> None:
         "a.weight_scale_inv": ("F32", (8, 1)),
     }
     assert codes_of(forms)["a.weight"].no_values == "with two scales"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"_scale_inv": ("F32", (2, 3))},
+        {"_scale_inv": ("F32", ())},
+        {"_scale": ("F32", (256, 1)), "_zero_point": ("I8", (256, 1))},
+        {"_scale": ("F32", (2, 3)), "_g_idx": ("I32", (384,))},
+        {"_scale": ("F32", (5, 3))},
+        {".SCB": ("F32", (256,))},
+    ],
+)
+def test_codes_that_are_alike_mean_what_each_means_alone(beside: dict[str, Form]) -> None:
+    def module(name: str) -> dict[str, Form]:
+        stem = name if ".SCB" in beside else f"{name}.weight"
+        return {f"{name}.weight": ("I8", (256, 384)), **{stem + end: form for end, form in beside.items()}}
+
+    together = codes_of(module("a") | module("b") | {"c.weight": ("I8", (8, 4)), "c.SCB": ("F32", (8,))})
+    alone = codes_of(module("a")) | codes_of(module("b"))
+    assert {name: replace(together[name], form=0) for name in alone} == {
+        name: replace(codes, form=0) for name, codes in alone.items()
+    }
+    forms = [codes.form for codes in together.values()]
+    assert (forms[0] == forms[1] > 0) == (not together["a.weight"].no_values)
+    assert forms[2] not in forms[:2]
