@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.checkpoint.discovery import MARKED
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
 
 TWO_OF_FOUR = """
@@ -95,10 +96,24 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def without_marks(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Files of an output but for what tells of the command: no card, no mark in the config."""
-    left = {name: data for name, data in files.items() if name != "README.md"}
+    """Files of an output but for what tells of the command: no card, no mark in config and headers."""
+    left = {
+        name: unmarked(data) if name.endswith(".safetensors") else data
+        for name, data in files.items()
+        if name != "README.md"
+    }
     if "config.json" in left:
         config = json.loads(left["config.json"])
         config.pop("sparseprune", None)
         left["config.json"] = json.dumps(config).encode()
     return left
+
+
+def unmarked(data: bytes) -> bytes:
+    """The bytes of a safetensors file without the mark in its header and the spaces after that."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    metadata = {key: text for key, text in header.pop("__metadata__", {}).items() if key not in MARKED}
+    first = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps(first | header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + data[begin:]

@@ -1,4 +1,4 @@
-"""What an output says of itself: a model card, and a mark in its config.json.
+"""What an output says of itself: a model card, and a mark in its config.json and its headers.
 
 Owns which names of the input and which words of a command they tell, so that nothing in them depends on where
 a run was made. Reads small files, writes none. Called by the modules that write outputs.
@@ -19,11 +19,11 @@ from sparseprune import __version__
 from sparseprune.api.applied import applied_report
 from sparseprune.api.run import digest
 from sparseprune.checkpoint import read_config
-from sparseprune.checkpoint.discovery import MARK, RESULTS
+from sparseprune.checkpoint.discovery import MARK, MARKED, RESULTS
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
 from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.hub import HubAddress
-from sparseprune.checkpoint.layout import with_texts
+from sparseprune.checkpoint.layout import with_mark, with_texts
 from sparseprune.checkpoint.remote import is_on_hub, located
 from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.results.measuring import MadeBy
@@ -97,7 +97,8 @@ class Explained(Struct, frozen=True):
     statistics: Path | None = None
 
     def layout(self, layout: OutputLayout) -> OutputLayout:
-        """The layout of an output that tells of itself; as it is where the output is a single file."""
+        """The layout of an output that tells of itself; a single file does so in its header alone."""
+        layout = with_mark(layout, self.mark())
         if not self.checkpoint.is_directory:
             return layout
         files = {file.path: file for file in layout.files}
@@ -135,7 +136,7 @@ class Explained(Struct, frozen=True):
         )
 
     def mark(self) -> dict[str, str]:
-        """What config.json tells of how the output was made."""
+        """What config.json, and headers without the names, tell of how the output was made."""
         names = _Names.of(self.checkpoint, self._config())
         mark = {"version": __version__, "command": self.verb, "from": names.model}
         if self.spec_name is not None:
@@ -206,11 +207,11 @@ def explained_by_spec(
 
 
 def made_by(checkpoint: Checkpoint) -> MadeBy | None:
-    """The run that made a checkpoint, by its config.json or else by the report beside it."""
+    """The run that made a checkpoint, by its config.json, the report beside it, or the header of a shard."""
     told: object = None
     with suppress(SparsepruneError):
         config = read_config(checkpoint) if checkpoint.is_directory else None
-        told = (config or {}).get(MARK) or _told_by(applied_report(checkpoint) or {})
+        told = (config or {}).get(MARK) or _told_by(applied_report(checkpoint)) or _marked_in(checkpoint)
     if not isinstance(told, dict):
         return None
     command = next((verb for verb in _COMMANDS.values() if verb == told.get("command")), None)
@@ -221,8 +222,19 @@ def made_by(checkpoint: Checkpoint) -> MadeBy | None:
     return MadeBy(version=version, command=command, model=model, spec=spec)
 
 
-def _told_by(report: Mapping[str, Any]) -> dict[str, object]:
+def _marked_in(checkpoint: Checkpoint) -> dict[str, str]:
+    """The mark in the headers, by the first that has one."""
+    marks = (
+        {key: header.metadata[name] for name, key in MARKED.items() if name in header.metadata}
+        for header in checkpoint.headers.values()
+    )
+    return next(filter(None, marks), {})
+
+
+def _told_by(report: Mapping[str, Any] | None) -> dict[str, object]:
     """What a report has of what a mark has."""
+    if report is None:
+        return {}
     came = report.get("input")
     return {
         "version": report.get("sparseprune"),

@@ -19,7 +19,7 @@ from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.explaining import Explained, explained_by_spec
 from sparseprune.api.options import located
-from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
+from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
     lay_out_apply,
     lay_out_masks,
@@ -363,7 +363,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         found = pruning.summed_up(outcomes)
         run.warn(*unpruned_lines(plan.bound.rules, found.pruned))
         warn_of_broken(run, earlier, output)
-        nbytes, mask_bytes = sizes_of(layout)
+        _, mask_bytes = sizes_of(layout)
         return results.Report(
             input=str(prepared.asked.checkpoint),
             output=output_shown(prepared.target.output, prepared.asked.checkpoint, layout),
@@ -378,7 +378,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             warnings=tuple(run.warnings),
             notes=(*notes_of(prepared), *lacking),
             files_left_out=other_weights(layout.left_out),
-            bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
+            bytes=WrittenBytes(
+                weights=weight_bytes(layout) if weights else layout.input_bytes, masks=mask_bytes
+            ),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
             rules=pruning.rule_results(
                 plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)

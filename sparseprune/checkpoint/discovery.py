@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MARK = "sparseprune"  # the key of config.json under which an output tells how it was made
+MARKED = {f"{MARK}.{key}": key for key in ("version", "command", "spec", "spec_sha256")}
+"""Keys in the headers of an output that tell the same: those that depend on no name of the input."""
 RESULTS = "sparseprune"  # the folder of masks and report in an output
 # Top folders that are not copied: an earlier run's results, version history, and records of downloads, which
 # have the checksums of the dense files.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
+_PAGE = 4096
 _METADATA = "__metadata__"
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _LARGEST = 2**64 - 1
@@ -131,6 +132,29 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappi
     text += b" " * (-len(text) % _ALIGNMENT)
     text[:_LENGTH_BYTES] = (len(text) - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little")
     return Header(tuple(entries), dict(metadata), bytes(text))
+
+
+def with_metadata(raw: bytes, old: Mapping[str, str], new: Mapping[str, str]) -> bytes:
+    """The bytes of a header with other metadata: `old` is what it has, `new` what it gets.
+
+    The entries stay as stored. Spaces at the end keep the length, or make it longer by whole pages, so that
+    the data begins at the same byte of a page: the kernel shares pages between files only then. A header
+    that would be longer than the format allows stays as it is.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    text, before = raw[_LENGTH_BYTES:].rstrip(b" "), f"{{{encode(_METADATA)}:{encode(dict(old))}".encode()
+    if text.startswith(before):  # as the safetensors package writes it
+        rest = text[len(before) :]
+    elif text.startswith(b'{"') and not any(part in text for part in (_METADATA.encode(), b"\\u")):
+        rest = b"," + text[1:]
+    else:
+        entries = strict_json(text.decode())
+        entries.pop(_METADATA, None)
+        rest = f"{',' if entries else ''}{encode(entries)[1:]}".encode()
+    text = f"{{{encode(_METADATA)}:{encode(dict(new))}".encode() + rest
+    pages = -(-max(0, _LENGTH_BYTES + len(text) - len(raw)) // _PAGE)
+    length = len(raw) - _LENGTH_BYTES + pages * _PAGE
+    return raw if length > MAX_HEADER else length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
-from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
+from sparseprune.checkpoint.discovery import INDEX_SUFFIX, MARKED, RESULTS, SUFFIX
+from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out, with_metadata
 from sparseprune.checkpoint.remote import RemotePath, beside, is_on_hub
 from sparseprune.errors import CheckpointError, size
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
+_Known = TypeVar("_Known")
+_Placed = TypeVar("_Placed", "Place", "CopyRange")
 MaskFormat = Literal["bool", "packed"]
 FORMAT_KEY = "sparseprune.mask_format"
 SHAPES_KEY = "sparseprune.shapes"
@@ -38,12 +41,16 @@ _Names = tuple[PurePosixPath, PurePosixPath, PurePosixPath | None]  # of masks, 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of the output: its path, its first bytes, its final size, its permissions before the umask."""
+    """A file of the output: its path, its first bytes, its final size, its permissions before the umask.
+
+    `metadata` is that of its header where it is a shard of which only values differ from the input's.
+    """
 
     path: PurePosixPath
     size: int
     begins_with: bytes = field(default=b"", repr=False)
     mode: int = 0o600
+    metadata: Mapping[str, str] | None = field(default=None, repr=False)
 
 
 class Place(Struct, frozen=True):
@@ -165,9 +172,10 @@ def lay_out_apply(
     copies: list[CopyRange] = []
     for shard, header in checkpoint.headers.items():
         path = shard.relative if is_directory else PurePosixPath(final.name)
-        files.append(OutputFile(path, shard.size, header.raw, shard.mode))
         at = header.data_begin
         written = {entry.name for entry in checkpoint.counted(shard) if entry.name in chosen}
+        metadata = header.metadata if written else None
+        files.append(OutputFile(path, shard.size, header.raw, shard.mode, metadata))
         untouched = (entry for entry in header.entries if entry.name not in written)
         pieces = ((at + one.begin, at + one.begin, one.nbytes) for one in untouched)
         copies += merge_copies(shard.path, path, pieces)
@@ -233,6 +241,35 @@ def with_texts(
     )
 
 
+def with_mark(layout: OutputLayout, mark: Mapping[str, str]) -> OutputLayout:
+    """The layout with a mark, by the keys of `MARKED`, in the header of every shard with new values.
+
+    It replaces an earlier one. Where a header becomes longer, by whole pages, all tensors of its file begin
+    later. Resized shards get none: `--target` counts their bytes before.
+    """
+    files: list[OutputFile] = []
+    longer: dict[PurePosixPath, int] = {}
+    marks = {key: mark[of] for key, of in MARKED.items() if of in mark}
+    for file in layout.files:
+        if file.metadata is None:
+            files.append(file)
+            continue
+        metadata = {key: text for key, text in file.metadata.items() if key not in MARKED} | marks
+        head = with_metadata(file.begins_with, file.metadata, metadata)
+        longer[file.path] = more = len(head) - len(file.begins_with)
+        files.append(OutputFile(file.path, file.size + more, head, file.mode, metadata))
+
+    def moved(old: _Placed) -> _Placed:
+        return replace(old, offset=old.offset + longer.get(old.file, 0))
+
+    return dataclasses.replace(
+        layout,
+        files=tuple(files),
+        copies=tuple([moved(part) for part in layout.copies]),
+        weights=_Places(layout.weights, moved),
+    )
+
+
 def permutations_path(checkpoint: Checkpoint) -> Path:
     """Where the orders of a checkpoint are told if it was permuted before it was pruned."""
     path = checkpoint.path
@@ -249,10 +286,10 @@ def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
     return mode
 
 
-class _Places(Mapping[str, Place]):
-    """Where the bytes of some tensors go; makes each place on demand."""
+class _Places(Mapping[str, Place], Generic[_Known]):
+    """Where the bytes of some tensors go, by what is known of each; makes each place on demand."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], place: Callable[[StoredTensor], Place]) -> None:
+    def __init__(self, tensors: Mapping[str, _Known], place: Callable[[_Known], Place]) -> None:
         self._tensors = tensors
         self._place = place
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparseprune.checkpoint import lay_out
-from sparseprune.checkpoint.header import TensorEntry, read_header
+from sparseprune.checkpoint.header import TensorEntry, read_header, with_metadata
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.headers import STRICTER, file_of, refusal, tensor, verdict_of_package
 from tests.faults import failing
@@ -280,3 +280,29 @@ def test_lays_out_nothing_that_would_not_load(
 ) -> None:
     with pytest.raises(ValueError, match=fragment):
         lay_out(tensors, {})
+
+
+ODD = {
+    "metadata at the end": file_of(
+        b'{ "w" : {"dtype":"U8","shape":[1],"data_offsets":[0,1]},"__metadata__":{"a":"b"}}  ', b"1"
+    ),
+    "escaped keys": file_of(
+        b'{"w\\u0041":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"__met\\u0061data__":{}}', b"1"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*LEGAL, *ODD])
+def test_other_metadata_keep_the_entries_and_the_place_in_a_page(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes({**LEGAL, **ODD}[name])
+    old = read_header(path)
+    data = path.read_bytes()[old.data_begin :]
+    raw, before = old.raw, old.metadata
+    for times in (1, 2, 3):  # the spaces of the first one are room for the others
+        wanted = {**old.metadata, "sparseprune.spec": "2of4" * times}
+        raw, before = with_metadata(raw, before, wanted), wanted
+        path.write_bytes(raw + data)
+        new = read_header(path)
+        assert (new.entries, new.metadata) == (old.entries, wanted)
+        assert new.data_begin - old.data_begin == (0 if name.startswith("a pickle's") else 4096)

@@ -1,5 +1,6 @@
 """`apply` and `mask` as a user runs them: files in, files out."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from sparseprune.checkpoint.discovery import MARKED
 from tests.commands import ok, run, schema, valid
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
@@ -56,7 +58,13 @@ def test_a_file_is_pruned_beside_itself(tmp_path: Path, dtype: torch.dtype) -> N
         )
         assert not bits(pruned[name]).view(keep.numel(), -1)[~keep.flatten()].any()
     with safe_open(tmp_path / "m.pruned.safetensors", framework="pt") as opened:
-        assert opened.metadata() == {"made": "here"}
+        assert opened.metadata() == {
+            "made": "here",
+            "sparseprune.version": sparseprune.__version__,
+            "sparseprune.command": "apply",
+            "sparseprune.spec": "spec.toml",
+            "sparseprune.spec_sha256": hashlib.sha256(TWO_OF_FOUR.encode()).hexdigest(),
+        }
 
 
 def test_the_bytes_outside_the_pruned_tensors_are_the_same(tmp_path: Path) -> None:
@@ -65,11 +73,15 @@ def test_the_bytes_outside_the_pruned_tensors_are_the_same(tmp_path: Path) -> No
     dense = (tmp_path / "m.safetensors").read_bytes()
     pruned = (tmp_path / "m.pruned.safetensors").read_bytes()
     header = 8 + int.from_bytes(dense[:8], "little")
-    assert len(pruned) == len(dense)
-    assert pruned[:header] == dense[:header]
-    for name, entry in json.loads(dense[8:header]).items():
+    moved = len(pruned) - len(dense)
+    assert moved == 4096  # a page of the file: what the kernel copies keeps its place within one
+    entries = json.loads(pruned[8 : header + moved])
+    assert list(entries.pop("__metadata__")) == list(MARKED)
+    assert entries == json.loads(dense[8:header])
+    for name, entry in entries.items():
         begin, end = (header + offset for offset in entry["data_offsets"])
-        assert (pruned[begin:end] == dense[begin:end]) == (not name.endswith("weight"))
+        same = pruned[begin + moved : end + moved] == dense[begin:end]
+        assert same == (not name.endswith("weight"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 import sparseprune
 from sparseprune.api.explaining import Explained
@@ -323,3 +324,29 @@ def test_a_folder_may_be_called_anything(model: Path, tmp_path: Path) -> None:
     mark = strict_json((tmp_path / "out/config.json").read_text())["sparseprune"]
     assert mark["from"] == "in\\udcff`x\\n"
     assert "# `` in\\udcff`x\\n ``, pruned" in card_of(tmp_path / "out")[1]
+
+
+def test_a_shard_alone_tells_what_was_done_to_it(model: Path, tmp_path: Path) -> None:
+    def marked(path: Path) -> dict[str, str]:
+        with safe_open(path, framework="pt") as opened:
+            return {key: text for key, text in opened.metadata().items() if key.startswith("sparseprune.")}
+
+    ok("apply", model, "2of4", "-q", "-o", tmp_path / "half")
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(tmp_path / "half/model.safetensors", alone)
+    found = marked(alone)
+    assert {**found, "sparseprune.spec_sha256": ""} == {
+        "sparseprune.version": sparseprune.__version__,
+        "sparseprune.command": "apply",
+        "sparseprune.spec": "2of4",
+        "sparseprune.spec_sha256": "",
+    }
+    made_by = json.loads(ok("inspect", alone, "--json").out)["made_by"]
+    assert (made_by["command"], made_by["spec"], "from" in made_by) == ("apply", "2of4", False)
+    # A later command replaces the mark in the room that it has; put back, zeros have the name of no spec.
+    ok("apply", alone, "mlp-channels", "-q", "-o", tmp_path / "less.safetensors", "--no-masks")
+    assert marked(tmp_path / "less.safetensors")["sparseprune.spec"] == "mlp-channels"
+    assert (tmp_path / "less.safetensors").stat().st_size == alone.stat().st_size
+    ok("reapply", alone, tmp_path / "half", "-q", "-o", tmp_path / "again.safetensors")
+    again = marked(tmp_path / "again.safetensors")
+    assert (again["sparseprune.command"], "sparseprune.spec" in again) == ("reapply", False)
