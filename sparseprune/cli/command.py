@@ -23,7 +23,7 @@ from sparseprune.cli.console import UnwrittenError, reported, tell, tell_parts
 from sparseprune.cli.help import TYPED
 from sparseprune.cli.log import Log
 from sparseprune.cli.progress import shown
-from sparseprune.cli.signals import text_when_stopped
+from sparseprune.cli.signals import heard_at_the_end, text_when_stopped
 from sparseprune.errors import CheckFailedError, SparsepruneError
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def command(
             log.begin(context.meta[TYPED])
             options = {one: _read(*how, typed) for one, how in asked.items()}
             call = Call(function, options, quiet=typed.get("quiet", False), log=log)
-            with call.interrupts_explained():
+            with heard_at_the_end(log.lines), call.interrupts_explained():
                 words(call, **{one: typed[one] for one in own})
 
     parameters = [

@@ -34,6 +34,7 @@ _NOTHING = "nothing was written"
 # Signals are the process's own, and so is what has to be known where one ends it: the innermost comes last.
 _texts: list[Callable[[], str]] = []
 _folders: list[TemporaryDirectory[str]] = []
+_ears: list[Callable[[str], None]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,6 +66,16 @@ def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
         raise
     finally:
         _texts.pop()
+
+
+@contextmanager
+def heard_at_the_end(hear: Callable[[str], None]) -> Iterator[None]:
+    """Where a signal ends the process from inside, `hear` gets the line that stderr gets."""
+    _ears.append(hear)
+    try:
+        yield
+    finally:
+        _ears.pop()
 
 
 @contextmanager
@@ -215,7 +226,10 @@ def _end(number: int) -> None:
     for folder in _folders:
         folder.cleanup()
     text = (_texts[-1]() if _texts else "") or _NOTHING
-    line = f"sparseprune: {_WORDS[signal.Signals(number)]}: {text}\n".encode(errors="backslashreplace")
+    ended = f"{_WORDS[signal.Signals(number)]}: {text}"
+    line = f"sparseprune: {ended}\n".encode(errors="backslashreplace")
+    for hear in _ears:
+        hear(ended)
     with suppress(OSError):
         if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
             line = _CLEAN_LINE + line

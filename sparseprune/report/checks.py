@@ -48,12 +48,12 @@ def verify_totals(found: Found, coverage: Coverage) -> VerifyTotals:
     )
 
 
-def verify_table(found: Verification) -> RenderableType:
-    """The rules, broken tensors with their first places, and the totals."""
+def verify_table(found: Verification, *, summary: bool = False) -> RenderableType:
+    """The rules, broken tensors with their first places unless in a summary, and the totals."""
     totals = found.totals
     parts: list[RenderableType] = [_rules_table(found.rules)]
     if any(tensor.broken for tensor in found.tensors):
-        parts += [Text(), _broken_table(found.tensors), Text()]
+        parts += [] if summary else [Text(), _broken_table(found.tensors), Text()]
     elif totals.scopes and not any(map(_is_over, found.rules)):
         scopes = "the one scope is" if totals.scopes == 1 else f"all {totals.scopes:,} scopes are"
         parts.append(Text(f"{scopes} as the spec says"))

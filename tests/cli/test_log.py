@@ -1,6 +1,8 @@
 """`--log FILE`: what a command says, with times, also where stderr is to be quiet."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune import __version__
+from sparseprune.cli import signals
+from sparseprune.cli.log import Log
 from tests.commands import ok, refused, run, silent
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
@@ -73,3 +77,16 @@ def test_a_log_that_cannot_be_written_is_refused_before_any_work(
     (line,) = refused("apply", checkpoint, "2of4", "--log", place).err.splitlines()
     assert line.startswith(f"sparseprune: --log {place}: cannot be written: ")
     assert sorted(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_a_log_ends_with_what_ended_the_process_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with Log(tmp_path / "log") as log, signals.heard_at_the_end(log.lines):
+        with signals.text_when_stopped(lambda: "there is no output"):
+            signals._end(signal.SIGTERM)
+        lines = logged(tmp_path / "log")
+    assert (ended, lines) == ([143], ["terminated: there is no output"])
+    assert capfd.readouterr().err == "sparseprune: terminated: there is no output\n"

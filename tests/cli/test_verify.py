@@ -1,5 +1,6 @@
 """`verify CKPT SPEC`: what is printed where, exit codes, and that nothing is written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_lost_zeros_are_told_tensor_by_tensor_with_exit_code_1(pruned: Path, tmp
         "sparseprune: 1.up.weight: 2 of 32 scopes of scope.proj hold more than 2 non-zero blocks; "
         "the first at [2, 1] (element [2, 4]) has 4\n"
     )
+
+
+@pytest.mark.parametrize("against", ["spec", "masks"])
+def test_a_summary_leaves_out_the_tensors(pruned: Path, tmp_path: Path, against: str) -> None:
+    words = (tmp_path / "spec.toml",) if against == "spec" else ("--masks", pruned)
+    whole = ok("verify", pruned, *words, "--summary").out
+    assert "up.weight" not in whole
+    assert len(whole.splitlines()) == (4 if against == "spec" else 1)
+    tuned = tmp_path / "tuned"
+    shutil.copytree(pruned, tuned, ignore=shutil.ignore_patterns("sparseprune"))
+    lose(tuned)
+    for more in ((), ("--json",), ("-q",)):
+        said = run("verify", tuned, *words, "--summary", *more)
+        (line,) = said.err.splitlines()
+        assert (said.code, "up.weight" in said.out) == (1, False)
+        assert ("2 of 128 scopes are broken" if against == "spec" else "not zero") in line
+        if more == ("--json",):
+            document = valid(said.out, "verify" if against == "spec" else "verify-masks")
+            assert document["tensors"] == []
+            assert document["totals"]["broken" if against == "spec" else "failed"] == (
+                2 if against == "spec" else 1
+            )
 
 
 def test_the_dense_checkpoint_fails_in_every_tensor(pruned: Path, tmp_path: Path) -> None:
