@@ -342,8 +342,8 @@ def _tensors(
             other, place = tensors.get(entry.name), weight_map.get(entry.name)
             if other is not None and place is None:
                 raise CheckpointError(
-                    f"{shard.path}: tensor {shown(entry.name)} is also in {other.shard.name}; a tensor may "
-                    "stand in one shard only, unless an index says in which one it counts"
+                    f"{shard.path}: tensor {shown(entry.name)} is also in {other.shard.name}; keep it in "
+                    "one shard, or add an index that names the one to use"
                 )
             if other is None or place == shard.relative:
                 tensors.pop(entry.name, None)  # so that it comes in the order of its shard

@@ -211,7 +211,8 @@ class Preview(Struct, frozen=True):
 
     def refusals(self, spec: str) -> list[str]:
         """Why nothing can be removed by a spec of this name, line by line; none where something can."""
-        lines = [f"{rule} cannot be removed: {why}; apply writes zeros" for rule, why in self.reasons.items()]
+        how = "use apply, which writes zeros"
+        lines = [f"{rule} cannot be removed: {why}; {how}" for rule, why in self.reasons.items()]
         return [f"{spec}: {line}" for line in lines or self.problems]
 
 
@@ -271,7 +272,7 @@ def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
         for leaf in instance.scope.leaves:
             if look(leaf) is None:
                 shape = list(plan.checkpoint.tensors[leaf.tensor].shape)
-                return f"its blocks {list(leaf.shape)} are no whole slices of {leaf.tensor}, {shape}"
+                return f"its blocks {list(leaf.shape)} are not whole slices of {leaf.tensor}, {shape}"
     return None
 
 

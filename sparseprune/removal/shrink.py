@@ -105,7 +105,7 @@ def make_removal(
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:
     for name, each in cut.items():
         if not each.is_sliced:
-            text = "so that nothing can be cut out; apply writes zeros"
+            text = "so that nothing can be cut out; use apply, which writes zeros"
             yield f"{name}: its mask is not made of whole slices along its dimensions, {text}"
 
 

@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[Files, str]] = {
             "y.safetensors": weights("a", "c"),
             INDEX: index({"b": "x.safetensors", "c": "y.safetensors"}),
         },
-        r"y.safetensors: tensor 'a' is also in x.safetensors; .* unless an index says in which one it counts",
+        r"y.safetensors: tensor 'a' is also in x.safetensors; .* or add an index that names the one to use",
     ),
     "a tensor in two shards of which the index means a third": (
         {

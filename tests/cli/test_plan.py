@@ -55,7 +55,7 @@ def test_two_of_four(folder: Path) -> None:
         "  keeps     2 of 4 blocks in each of 128 scopes",
         "  sparsity  50.00%",
         "  prunes    256 of 512 elements, 46.38% of all parameters",
-        "  removes   nothing: its blocks [1, 1] are no whole slices of 0.down.weight, [8, 16]",
+        "  removes   nothing: its blocks [1, 1] are not whole slices of 0.down.weight, [8, 16]",
         "  tensors  shape  block  grid  scope  example",
         "        2  8x16   1x1    8x16  1x4    0.down.weight",
         "        2  16x8   1x1    16x8  1x4    0.up.weight",

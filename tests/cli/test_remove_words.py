@@ -229,8 +229,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
 
 
 UNREMOVABLE = (
-    "2of4.toml: scope.matrix cannot be removed: its blocks [1, 1] are no whole slices of "
-    "model.layers.0.mlp.down_proj.weight, [8, 16]; apply writes zeros"
+    "2of4.toml: scope.matrix cannot be removed: its blocks [1, 1] are not whole slices of "
+    "model.layers.0.mlp.down_proj.weight, [8, 16]; use apply, which writes zeros"
 )
 ORPHAN = "and it belongs to no layer or expert that is dropped as a whole"
 COUPLED = f"{ORPHAN}: couple all tensors of one"
@@ -336,7 +336,7 @@ WRONG: dict[str, str] = {
     ),
     "in --masks torn.masks --partial": (
         f"torn.masks: {UP}: its mask is not made of whole slices along its dimensions, so that nothing can "
-        "be cut out; apply writes zeros"
+        "be cut out; use apply, which writes zeros"
     ),
     "in --masks even.masks --partial": (
         f"even.masks: {UP} loses 4 of 8 along dimension 1, which no key of config.json carries"
