@@ -107,7 +107,7 @@ def open_masks(path: Path) -> MaskSet:
                 if other.stored.name != mask.stored.name:
                     both = f"{shown(other.stored.name)} and {shown(mask.stored.name)}"
                     one = f"masks {both} are both for {shown(mask.name)}"
-                raise CheckpointError(f"{shard.path}: {one}; keep each mask in one file")
+                raise CheckpointError(f"{shard.path}: {one}; keep one of them")
             masks[mask.name] = mask
     if not masks and all(FORMAT_KEY not in header.metadata for header in headers.values()):
         raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
