@@ -44,6 +44,7 @@ def apply(
     seed: options.Seed = 0,
     special: options.Special = True,
     gradients: options.GradientsFirst = False,
+    tune: options.Tune = None,
     scratch: options.Place | None = None,
     strict: options.Strict = False,
     force: options.Force = False,
@@ -73,7 +74,7 @@ def apply(
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
-    read = AskedText(windows, gradients, path_or_none(scratch))
+    read = AskedText(windows, gradients, tune, path_or_none(scratch))
     place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
     asked = source(
         place, spec, set, target, (reconstruct, given), read, within=inputs.found_if_any(run, within)
@@ -140,6 +141,7 @@ def plan(
     seed: options.Seed = 0,
     special: options.Special = True,
     gradients: options.GradientsFirst = False,
+    tune: options.Tune = None,
     strict: options.Strict = False,
     allocation: options.Allocation = False,
     device: options.Device = "auto",
@@ -166,7 +168,7 @@ def plan(
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
-    read = AskedText(windows, gradients)
+    read = AskedText(windows, gradients, tune)
     place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
     asked = source(
         place, spec, set, target, (reconstruct, given), read, within=inputs.found_if_any(run, within)
@@ -212,6 +214,7 @@ def remove(
     seed: options.Seed = 0,
     special: options.Special = True,
     gradients: options.GradientsFirst = False,
+    tune: options.Tune = None,
     scratch: options.Place | None = None,
     strict: options.Strict = False,
     force: options.Force = False,
@@ -236,7 +239,7 @@ def remove(
 
     run = Run(progress, strict=strict)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
-    read = AskedText(windows, gradients, path_or_none(scratch))
+    read = AskedText(windows, gradients, tune, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
     with run.on(on, jobs, text=bool(text)) as threads:
         asked = Asked(

@@ -272,6 +272,16 @@ GradientsFirst = Annotated[
         "Text",
     ),
 ]
+Tune = Annotated[
+    int | None,
+    Option(
+        "--tune STEPS",
+        "With --text: tune what survives of each layer by so many steps of an optimizer, towards the outputs "
+        "that it has in the dense model.",
+        "Text",
+        minimum=0,
+    ),
+]
 
 # Tensors and masks.
 Match = Annotated[

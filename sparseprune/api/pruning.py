@@ -30,13 +30,14 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.layout import output_target
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.checkpoint.statistics import statistics_beside
 from sparseprune.errors import SparsepruneError, SpecError, printable
 from sparseprune.execution.inputs import SWEPT, Left
 from sparseprune.execution.plan import bind_to, make_plan, plan_within, rebuilding_rules, rests_on_few
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
-from sparseprune.report.wording import many
+from sparseprune.report.wording import many, percent
 from sparseprune.spec.problems import listed
 from sparseprune.spec.rebuilding import OF_STATISTICS, Rebuilding, rebuilt
 
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.schedule import Schedule
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
-    from sparseprune.results.pruning import TargetReached
+    from sparseprune.results.pruning import TargetReached, TunedLayer
     from sparseprune.spec import Spec, SpecSource
 
 
@@ -180,6 +181,7 @@ def _plan(
         from sparseprune.api.masked import masks_within  # with numpy, which starts slowly
 
         plan = plan_within(plan, masks_within(checkpoint, within))
+    _refuse_tuning(plan, checkpoint, target, swept=text is not None)
     if not permutes:
         _refuse_permuting(plan, "a sweep" if text else "remove" if target.resized else "mask")
     return plan, schedule_of(plan, target, machine)
@@ -238,13 +240,28 @@ def _refuse_permuting(plan: Plan, command: str) -> None:
         raise SpecError(f"[{rule}] permute: {command} does without it, as {why[command]}; use apply")
 
 
+def _refuse_tuning(plan: Plan, checkpoint: Checkpoint, target: Target, *, swept: bool) -> None:
+    """SpecError where a rule tunes layers, and none is run, or what was written cannot be replaced."""
+    tuned = ((rule.name, one.reconstruct) for rule, one in plan.bound.instances())
+    rule = next((name for name, method in tuned if method is not None and method.tune), None)
+    if rule is None:
+        return
+    if not swept:
+        raise SpecError(f"[{rule}] tune: only a text runs through layers: give --text, or tune = 0")
+    if not target.resized and isinstance(target_of(checkpoint, target), RemotePath):
+        raise SpecError(
+            f"[{rule}] tune: tuning replaces what was written, which an object store has by then; give a "
+            "folder of this machine with -o, or --tune 0"
+        )
+
+
 def rebuilding_of(asked: Source, *, stands_in: bool = False) -> Rebuilding:
     """What is asked of every rule, with the statistics beside the checkpoint if no others are named.
 
     These `stand in` for a file of the spec that is not there.
     """
     if asked.text is not None:
-        return Rebuilding(method=asked.reconstruct, file=SWEPT)
+        return Rebuilding(method=asked.reconstruct, file=SWEPT, tune=asked.text.tune)
     return Rebuilding(
         method=asked.reconstruct,
         file=None if asked.stats is None else asked.stats.absolute(),
@@ -350,8 +367,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         orders: tuple[Found, ...] = ()
         source: SourceOfBytes = reader
         lacking: tuple[str, ...] = ()
+        tuned: tuple[TunedLayer, ...] = ()
         if final.swept is not None:
-            outcomes, lacking = swept_outcomes(run, final, reader, output, device)
+            outcomes, lacking, tuned = swept_outcomes(run, final, reader, output, device)
         else:
             size = layout.input_bytes
             with run.progress("pruning" if weights else "masking", total, already, size=size) as advance:
@@ -389,6 +407,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             runtimes=uses_of(plan.bound, outcomes),
             permuted=permuted_modules(orders),
             not_permuted=plan.permutations.unmoved,
+            tuned=tuned,
         )
 
     def refuse() -> None:
@@ -422,9 +441,10 @@ def beside(machine: Machine, swept: Swept) -> Machine:
 
 def swept_outcomes(
     run: Run, prepared: Prepared, reader: SourceOfBytes, output: Output, device: str
-) -> tuple[Sequence[TensorOutcome], tuple[str, ...]]:
-    """Do the work with a text, block by block; also gives lines on what the text did not reach."""
+) -> tuple[Sequence[TensorOutcome], tuple[str, ...], tuple[TunedLayer, ...]]:
+    """Do the work with a text, block by block; also gives lines on it, and the layers that were tuned."""
     from sparseprune.api.sweeping import Sweeper
+    from sparseprune.results.pruning import TunedLayer
 
     swept, target = prepared.swept, prepared.target
     if swept is None:
@@ -436,7 +456,24 @@ def swept_outcomes(
     for one in sweeper.left:
         unrebuilt.setdefault((one.rule, one.why), []).extend(one.weights)
     lines = _left_lines(Left(rule, why, tuple(names)) for (rule, why), names in unrebuilt.items())
-    return outcomes, (*lines, *_few_tokens(sweeper.rests_on_few))
+    tuned = tuple(
+        TunedLayer(layer=name, before=before, after=after) for name, (before, after) in sweeper.tuned.items()
+    )
+    told = (*lines, *_few_tokens(sweeper.rests_on_few), *_tuned_lines(tuned, sweeper.untuned))
+    return outcomes, told, tuned
+
+
+def _tuned_lines(tuned: Sequence[TunedLayer], untuned: Sequence[str]) -> Iterator[str]:
+    """Lines on layers that were tuned, and on those that were not."""
+    shares = [one.after / one.before for one in tuned if one.before > 0]
+    if shares:
+        text = "what their outputs differ by from the dense model's fell to"
+        yield f"tuned {many(len(tuned), 'layer')}: {text} {percent(sum(shares) / len(shares))} on average"
+    if untuned:
+        yield (
+            f"{many(len(untuned), 'layer')} not tuned, such as {untuned[0]}: no matrix before its outputs "
+            'has gradients; metric = "outputs" does without'
+        )
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
     from sparseprune.removal.slices import BlockDecisions, KeptIndices
+    from sparseprune.results.pruning import TunedLayer
 
 
 class Asked(Struct, frozen=True):
@@ -341,8 +342,9 @@ def _by_spec(run: Run, prepared: Prepared, output: Output, decisions: BlockDecis
     total, already = work_bytes(schedule, output) if decisions is None else decisions.work_bytes(output)
     with run.reading() as reader:
         lacking: tuple[str, ...] = ()
+        tuned: tuple[TunedLayer, ...] = ()
         if prepared.swept is not None:
-            outcomes, lacking = swept_outcomes(run, prepared, reader, output, device)
+            outcomes, lacking, tuned = swept_outcomes(run, prepared, reader, output, device)
         else:
             size = output.layout.input_bytes
             with run.progress("deciding", total, already, size=size) as advance:
@@ -373,6 +375,7 @@ def _by_spec(run: Run, prepared: Prepared, output: Output, decisions: BlockDecis
             "target": prepared.found,
             "reconstruct": asked.reconstruct,
             "stats": stats_told(prepared),
+            "tuned": tuned,
             "device": device_text(schedule.every_group, device),
             "rules": rule_results(
                 plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from contextlib import contextmanager
+from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from sparseprune.checkpoint import Source, TensorReader
 from sparseprune.checkpoint.file_io import as_bytes, checkpoint_identity
 from sparseprune.checkpoint.statistics import open_statistics, statistics_in_memory
 from sparseprune.engine.dtypes import torch_dtype
+from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError, SpecError, enough, size
 from sparseprune.execution.inputs import SWEPT, Sweeping
 from sparseprune.execution.plan import plan_of, rests_on_few
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.file_io import WritableBytes
     from sparseprune.execution.inputs import Left, TaskInput
     from sparseprune.execution.passes import TensorOutcome
-    from sparseprune.execution.plan import Plan
+    from sparseprune.execution.plan import Plan, WorkUnit
     from sparseprune.execution.pruning import Work
     from sparseprune.execution.schedule import Schedule
     from sparseprune.spec import BoundInstance
@@ -58,6 +60,8 @@ _TRANSFORMERS = 200 << 20  # bytes that transformers and a model without weights
 _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
 _BATCH_BYTES = 40  # that a token takes on its way through a block, for each input of the widest matrix
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
+_TUNED_BYTES = 21  # of an element that is tuned: its value, its gradient, two moments, a step, whether it may
+_AUTOGRAD = 3  # times what a batch takes without a way back
 _AMPLE = 1 << 60  # bytes
 _GRADIENTS = "sparseprune-gradients-"  # in the name of a folder, before a digest of what they are of
 _LEAST_SEQUENCES, _LEAST_TOKENS = 32, 1 << 16  # of which gradients are taken, where there are so many
@@ -264,7 +268,7 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
 
 def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     """What is left beside a batch and the largest matrix goes to moments, states and further matrices."""
-    from sparseprune.calibration.sweeping import BATCH_TOKENS
+    from sparseprune.calibration.sweeping import BATCH_TOKENS, TARGETS
 
     stored, blocks = plan.checkpoint.tensors, text.loaded.blocks
     block = max([0, *(sum(stored[key].nbytes for key in blocks.stored(name)) for name in blocks.names)])
@@ -276,6 +280,9 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     least = max([0, *(_moment_bytes(unit) for unit in gathered)])
     widest = max([0, *(unit.collected.features for unit in text.units)])
     batch = _BATCH_BYTES * widest * min(BATCH_TOKENS, text.sequences.ids.numel())
+    tuned = _tuned_elements(plan, text)
+    if tuned:
+        batch = _AUTOGRAD * batch + _TUNED_BYTES * tuned + min(TARGETS, text.state * len(text.sequences.ids))
     base = INTERPRETER + TORCH + _LEAST + schedule.limits.resident
     left = machine.memory - fixed - batch - largest - base
     if left < least:
@@ -291,6 +298,17 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     room = max(least, min(left // _SHARE, moments))
     states = 2 * text.state * len(text.sequences.ids)
     return Rooms(fixed, batch, room, (left - room) // _SHARE, (moments, states))
+
+
+def _tuned_elements(plan: Plan, text: SweptText) -> int:
+    """Of the block that has the most that is tuned."""
+    methods = (task.instance.reconstruct for unit in plan.units for task in unit.tasks)
+    if not any(method is not None and method.tune for method in methods):
+        return 0
+    blocks, tensors = text.loaded.blocks, plan.checkpoint.tensors
+    reached = set(plan.reached)
+    own = (reached.intersection(blocks.stored(name)) for name in blocks.names)
+    return max((sum(tensors[key].numel for key in some) for some in own), default=0)
 
 
 def _moment_bytes(unit: Unit) -> int:
@@ -347,10 +365,19 @@ class _Part(Struct, frozen=True):
     mixed: bool
 
 
+class _Tuning(Struct, frozen=True):
+    """How a block is tuned once it is pruned: the steps, whether by the loss, and the tensors that change."""
+
+    steps: int
+    by_loss: bool
+    weights: tuple[str, ...]
+
+
 class Sweeper:
     """Does the work of a plan with a text, into an output.
 
-    Afterwards `left` tells what was not rebuilt, and `rests_on_few` by matrix whether it had few tokens.
+    Afterwards `left` tells what was not rebuilt, and `rests_on_few` by matrix whether it had few tokens;
+    `tuned` has the loss of each block's outputs before and after, `untuned` blocks of which it is not known.
     """
 
     def __init__(self, run: Run, swept: Swept, output: Output, source: Source, schedule: Scheduling) -> None:
@@ -360,6 +387,8 @@ class Sweeper:
         self._decided: set[str] = set()  # tensors of which the output has what is decided
         self.left: list[Left] = []
         self.rests_on_few: dict[str, bool] = {}
+        self.tuned: dict[str, tuple[float, float]] = {}
+        self.untuned: list[str] = []
 
     def execute(self, device: str) -> Sequence[TensorOutcome]:
         """All of the work; gives the outcomes of tensors."""
@@ -409,28 +438,92 @@ class Sweeper:
         """Decide what waits for a block, and let the text through it."""
         length, label = self._swept.text.sequences.ids.numel(), self._label(name)
         sweep.open(name)
-        known = self._output.finished.get(_key(name))
+        tuning = self._tuning(name)
+        tuned = self._output.finished.get(_tuned(name))
+        again = self._begun(name) if tuned is None else tuned["again"]
+        prefix = f"{name}.{again}." if again else f"{name}."
+        known = self._output.finished.get(_key(name, again))
         if known is not None:
             for number, part in enumerate(known):
-                self._do(f"{name}.{number}.", _Part(**part), None, work)
+                self._do(f"{prefix}{number}.", _Part(**part), None, work)
         else:
             parts: list[_Part] = []
             stages = self._stages(sweep, name)
             share = length // (len(stages) + 1)
             for number, (needs, units, ends) in enumerate(stages):
                 advance(0, f"{label}, {needs[0].collected.name.removeprefix(name).strip('.')}")
-                gathered = sweep.gather(name, needs, is_last=number == len(stages) - 1)
+                is_last = number == len(stages) - 1 and tuning is None
+                gathered = sweep.gather(name, needs, is_last=is_last)
                 tokens = {one: list(counts) for one, counts in gathered.tokens.items()}
                 parts.append(_Part(units, tokens, list(gathered.residuals), bool(gathered.mixed)))
-                self._do(f"{name}.{number}.", parts[-1], gathered, work)
+                self._do(f"{prefix}{number}.", parts[-1], gathered, work)
                 if ends:  # parts of a stage do not see each other, so that nothing depends on how it was cut
                     sweep.renew(name)
                 advance(share)
             self._output.flush()
-            self._output.note(_key(name), [structs.asdict(part) for part in parts])
+            self._output.note(_key(name, again), [structs.asdict(part) for part in parts])
             advance(length - share * len(stages), label)
         sweep.renew(name)
+        if tuned is not None:
+            self.tuned[name] = tuned["before"], tuned["after"]
+        elif tuning is not None:
+            self._tune(sweep, name, tuning, again, lambda: advance(0, f"{label}, tuning"))
+            sweep.renew(name)
         sweep.go(name)
+
+    def _tuning(self, name: str) -> _Tuning | None:
+        """How a block is tuned; None where it is not."""
+        units = [self._swept.plan.units[number] for number in self._swept.by_block.get(name, ())]
+        steps, metrics, weights = 0, set(), []
+        for unit in units:
+            wholly = _reached_wholly(unit)
+            for task in unit.tasks:
+                method = task.instance.reconstruct
+                if method is not None and method.tune:
+                    steps = max(steps, method.tune)
+                    metrics.add(task.metric)
+                    weights += [key for key in wholly if key not in weights]
+        return _Tuning(steps, "loss" in metrics, tuple(weights)) if weights else None
+
+    def _begun(self, name: str) -> int:
+        """How often a run ended while it wrote what it had tuned: then the block is pruned anew."""
+        return next(number for number in count() if _overwriting(name, number) not in self._output.finished)
+
+    def _tune(
+        self, sweep: Sweep, name: str, tuning: _Tuning, again: int, between: Callable[[], None]
+    ) -> None:
+        """Tune a pruned block, and write it over what was written before."""
+        if not sweep.looked_at(name):
+            sweep.look(name)
+        gradients = self._gradients(sweep) if tuning.by_loss else None
+        if tuning.by_loss and gradients is None:
+            self.untuned.append(name)
+            return
+        self._output.flush()
+        found = sweep.tune(name, tuning.weights, gradients, tuning.steps, between)
+        self._output.note(_overwriting(name, again), None)
+        self._output.flush()  # from here on what was there before is lost
+        for key, tensor in found.tensors.items():
+            data = tensor.cpu().contiguous().reshape(-1).view(torch_dtype("U8")).numpy().data
+            self._output.write_weight(key, 0, data)
+        self.tuned[name] = found.before, found.after
+        self._output.flush()
+        told = {"again": again, "before": found.before, "after": found.after}
+        self._output.note(_tuned(name), told)
+
+    def _gradients(self, sweep: Sweep) -> Tensor | None:
+        """Those at the outputs of the last matrix of a block that adds to what the block gives."""
+        import torch
+
+        of = {unit.parameter: unit.collected.weights for unit in self._swept.text.units}
+        known = self._swept.text.gradients
+        names = [weight for one in sweep.adding for weight in of.get(one, ()) if weight in known]
+        if not names:
+            return None
+        stored = known[names[-1]]
+        found = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        self._source.read_into(stored, 0, found.view(-1).view(torch.uint8).numpy().data)
+        return found
 
     def _label(self, name: str) -> str:
         stack, _, number = name.rpartition(".")
@@ -518,6 +611,25 @@ def _optional(instance: BoundInstance) -> BoundInstance:
     return instance if method is None else replace(instance, reconstruct=replace(method, optional=True))
 
 
-def _key(block: str) -> str:
-    """Under which it is noted that a block is finished."""
-    return f"block {block}"
+def _reached_wholly(unit: WorkUnit) -> list[str]:
+    """The tensors of a unit of which its rules reach every element."""
+    reached: dict[str, int] = {}
+    for task in unit.tasks:
+        for leaf in task.instance.scope.leaves:
+            reached[leaf.tensor] = reached.get(leaf.tensor, 0) + prod(leaf.view_shape)
+    return [stored.name for stored in unit.tensors if reached.get(stored.name, 0) >= stored.numel]
+
+
+def _key(block: str, again: int = 0) -> str:
+    """Under which it is noted that a block is pruned, for the first time or `again`."""
+    return f"block {block} again {again}" if again else f"block {block}"
+
+
+def _overwriting(block: str, again: int) -> str:
+    """Under which it is noted that what was pruned is about to be written over."""
+    return f"tuning {block} {again}"
+
+
+def _tuned(block: str) -> str:
+    """Under which it is noted how a block was tuned."""
+    return f"tuned {block}"

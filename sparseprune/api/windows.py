@@ -72,18 +72,20 @@ class Windows(Struct, frozen=True):
 class AskedText(Struct, frozen=True):
     """A text by which survivors are rebuilt, block by block.
 
-    `gradients` of the dense model are taken first. `scratch` is a folder for hidden states, None for a
-    temporary one.
+    `gradients` of the dense model are taken first. `tune` replaces that of every rule. `scratch` is a folder
+    for hidden states, None for a temporary one.
     """
 
     windows: Windows
     gradients: bool = False
+    tune: int | None = None
     scratch: Path | None = None
 
     @property
     def words(self) -> list[str]:
         """The options as they are typed."""
-        return [*self.windows.words, *(["--gradients"] if self.gradients else [])]
+        tune = [] if self.tune is None else [f"--tune {self.tune}"]
+        return [*self.windows.words, *(["--gradients"] if self.gradients else []), *tune]
 
 
 @contextmanager

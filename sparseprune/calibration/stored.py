@@ -238,6 +238,16 @@ def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return saved
 
 
+def as_stored(model: Any, parameters: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that parameters of its model make up; those that it lacks are left out."""
+    found = {}
+    for name, tensor in as_saved(model, parameters).items():
+        stored = _stored_name(name, tuple(tensor.shape), checkpoint)
+        if stored is not None:
+            found[stored] = tensor
+    return found
+
+
 def _tags(shape: tuple[int, ...], dim: int) -> Tensor:
     """For each element: its matrix in a stack times the features, plus its input; takes no memory."""
     features = shape[dim]

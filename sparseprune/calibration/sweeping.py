@@ -1,7 +1,8 @@
 """A sweep: two passes of a text through a model, block by block, one of them with what is pruned so far.
 
-Owns the moments by which the matrices of a stage are rebuilt, and which tokens of both passes belong to each
-other. Knows no specs; who decides what survives stands above. Called by `apply` with a text.
+Owns the moments by which the matrices of a stage are rebuilt, which tokens of both passes belong to each
+other, and what a block is tuned for. Knows no specs; who decides what survives stands above. Called by
+`apply` with a text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sparseprune.calibration.runs import Parking, Run, Stream
 from sparseprune.calibration.stages import Depths, Following
-from sparseprune.calibration.stored import siblings, stored_as
+from sparseprune.calibration.stored import as_stored, siblings, stored_as
+from sparseprune.calibration.storing import Store
+from sparseprune.calibration.tuning import Tuned, difference, root_of, tuned
 from sparseprune.calibration.watching import EnoughError
 from sparseprune.errors import SparsepruneError
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from sparseprune.calibration.watching import Product
 
 BATCH_TOKENS = 4096  # in one forward pass
+TARGETS = 1 << 28  # bytes of outputs to tune for that stay in memory; more are in files
 _TOKENS_AN_INPUT = 8  # fewer, and what residuals differ by is learned by heart; measured on MiniLM
 
 
@@ -87,12 +91,14 @@ class Sweep:
         self._dense_read, self._pruned_read = reads
         self._batches = list(_batches(sequences))
         model = loaded.model
+        self._folder = states[0]
         parking = Parking(*states, [*model.parameters(), *model.buffers()])
         self._forwards = [self._forward(which) for which in self._batches]
         with torch.no_grad():
             self._pruned = Stream(self._forwards, parking)
             self._dense = Stream(self._forwards, parking) if targets else None
         self._seen = Look({}, {}, {}, (), (), ())
+        self._looked: str | None = None
         self._ahead: set[int] = set()  # batches whose dense pass is in front of the next block
         self._parameters: dict[str, Any] = {}
         self._pruned_parameters: dict[str, Any] = {}
@@ -151,7 +157,7 @@ class Sweep:
             if blocks.owner(other) == name:
                 found[other] = depths.of[like]
         numbers = (depths.first, depths.last, depths.again, depths.routed)
-        self._seen = Look(found, *numbers, summed, overwrites)
+        self._seen, self._looked = Look(found, *numbers, summed, overwrites), name
         return self._seen
 
     def gather(self, name: str, units: Sequence[Unit], *, is_last: bool) -> Gathered:
@@ -203,12 +209,101 @@ class Sweep:
         """One batch through a block with some parameters: its outputs, None where it does not come so far."""
         self._loaded.blocks.put(name, parameters)
         watch.begin(self._counted(batch))
-        run = stream.given(batch)
-        given = (run.args, run.kwargs)
-        args, kwargs = _copied(given) if self._seen.overwrites else given
+        args, kwargs = self._given(stream, batch)
         with self._loaded.telling(self._sequences.ids.shape[1]), suppress(EnoughError), watch:
             return self._loaded.blocks.modules[name](*args, **kwargs)
         return None
+
+    def looked_at(self, name: str) -> bool:
+        """Whether it is this block that `look` saw last."""
+        return self._looked == name
+
+    @property
+    def adding(self) -> tuple[str, ...]:
+        """Of the block that was looked at last: matrices whose outputs are added to others, as they run."""
+        seen = self._seen
+        return tuple(sorted(set(seen.summed) - set(seen.routed), key=lambda one: seen.last[one]))
+
+    def tune(
+        self,
+        name: str,
+        weights: Collection[str],
+        gradients: Tensor | None,
+        steps: int,
+        between: Callable[[], None],
+    ) -> Tuned:
+        """Weights of the checkpoint, of a pruned block, whose outputs are more like those of the dense one.
+
+        Survivors alone change, within `weights`; those that are no parameters as they are stay, too. Outputs
+        differ in the metric of `gradients` at them, without any in all numbers alike. The dense pass goes on.
+        """
+        blocks, dense, every = self._loaded.blocks, self._dense, range(len(self._batches))
+        if dense is None:
+            raise TypeError("there is no dense pass")
+        start = {key: one.detach() for key, one in self._pruned_parameters.items()}
+        free = self._free(name, weights, start)
+        root = None if gradients is None else root_of(gradients).to(self._loaded.device)
+        with Store(self._folder, TARGETS) as store, self._loaded.telling(self._sequences.ids.shape[1]):
+            wanted = []
+            blocks.put(name, self._parameters)
+            for batch in every:
+                with torch.no_grad():
+                    args, kwargs = self._given(dense, batch)
+                    made = blocks.modules[name](*args, **kwargs)
+                    del args, kwargs
+                wanted.append(store.keep(self._chosen(made, batch), None))
+                self._ahead.add(batch)
+                dense.go(batch, made)
+                del made
+
+            def loss(parameters: Mapping[str, Tensor], batch: int) -> Tensor:
+                run = self._pruned.given(batch)
+                args, kwargs = _copied(
+                    (run.args, run.kwargs)
+                )  # which the way back needs when they are parked
+                self._pruned.keep(batch)
+                made = torch.func.functional_call(blocks.modules[name], dict(parameters), args, kwargs)
+                return difference(self._chosen(made, batch), store.load(wanted[batch]), root)
+
+            found = tuned(loss, start, free, _turns(every), steps, between)
+        stored = self._as_stored(name, found.tensors)
+        return Tuned({key: stored[key] for key in weights if key in stored}, found.before, found.after)
+
+    def _given(self, stream: Stream, batch: int) -> tuple[Any, Any]:
+        """What the block gets of a batch, which it may change; `keep` or `go` follows."""
+        run = stream.given(batch)
+        given = (run.args, run.kwargs)
+        return _copied(given) if self._seen.overwrites else given
+
+    def _chosen(self, made: Any, batch: int) -> Tensor:
+        """Of the outputs of a block the hidden states, (tokens that count, features)."""
+        counted = self._counted(batch)
+        states = next(
+            one for one in tree_leaves(made) if isinstance(one, torch.Tensor) and one.is_floating_point()
+        )
+        if states.shape[:2] == counted.shape:
+            return states[counted]
+        return states.reshape(-1, states.shape[-1])
+
+    def _free(
+        self, name: str, weights: Collection[str], parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Which elements may move, by parameter: survivors of weights that are parameters."""
+        stored = self._as_stored(name, parameters)
+        kept = {key: self._pruned_read(key) for key in weights if key in stored}
+        own = {key for key, one in kept.items() if torch.equal(one, stored[key].to(one.device))}
+        del stored, kept
+
+        def read(key: str) -> Tensor:
+            found = self._pruned_read(key)
+            return (found != 0).to(found.dtype) if key in own else torch.zeros_like(found)
+
+        marks = self._loaded.blocks.load(name, read)
+        return {key: one.detach() != 0 for key, one in marks.items() if bool(one.any())}
+
+    def _as_stored(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {f"{name}.{key}": one for key, one in parameters.items()}
+        return as_stored(self._loaded.model, named, self._loaded.checkpoint)
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The parameters of a block that are matrices."""
@@ -399,6 +494,11 @@ def _batches(sequences: Sequences) -> Iterator[range]:
             end -= 1
         yield range(begin, end)
         begin = end
+
+
+def _turns(batches: Sequence[int]) -> list[list[int]]:
+    """Batches that take turns in steps; the first one, a sequence by itself, goes with the second."""
+    return [list(batches[:2]), *([one] for one in batches[2:])]
 
 
 def _until(

@@ -232,6 +232,7 @@ def _reconstruct(
         damp=reconstruct.damp,
         metric=None if rebuilds is None else rebuilds.metric,
         effort=reconstruct.effort,
+        tune=reconstruct.tune,
     )
 
 
@@ -383,8 +384,9 @@ _MINIMIZES = {
 
 def _rebuilding_text(asked: results.ReconstructAsked) -> str:
     fast = ", fast" if asked.effort == "fast" else ""
+    tuned = f"; then each layer is tuned, {many(asked.tune, 'step')}" if asked.tune else ""
     metric = _MINIMIZES.get(asked.metric or "", "")
-    return f"by {asked.method}{fast}, with the second moments in {asked.file}{metric}"
+    return f"by {asked.method}{fast}, with the second moments in {asked.file}{metric}{tuned}"
 
 
 def _pruning(rule: results.RulePlan, numel: int) -> tuple[str, str]:

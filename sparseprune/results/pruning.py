@@ -51,6 +51,7 @@ class ReconstructAsked(Record):
     damp: NotNegative
     metric: Annotated[Minimized, Doc("what its instances minimize; null if nothing is rebuilt")]
     effort: Literal["best", "fast"]
+    tune: Annotated[Count, Doc("steps that a layer is tuned, once it is pruned by a text")] = 0
 
 
 class AllocateAsked(Record):
@@ -335,6 +336,19 @@ class TensorResult(NamedTensor):
     metric: Annotated[Minimized, Doc("which of the two was minimized; null if not reconstructed")]
 
 
+class TunedLayer(Record):
+    """A layer whose survivors were tuned: what its outputs differ by from those of the dense model."""
+
+    layer: str
+    before: Annotated[NotNegative, Doc("sum of squares, with gradients in units of the loss up to a factor")]
+    after: Annotated[NotNegative, Doc("in the same unit; the errors of matrices are those before")]
+
+
+Tuned = Annotated[
+    tuple[TunedLayer, ...], Doc("layers that were tuned, in the order of the model; empty without tune")
+]
+
+
 class ReportTotals(Record):
     """Sums over the whole checkpoint."""
 
@@ -389,6 +403,7 @@ class Report(Document):
         Doc("permutations.safetensors has the order of each tensor; empty unless a rule has permute"),
     ] = ()
     not_permuted: tuple[UnmovedModule, ...] = ()
+    tuned: Tuned = ()
 
 
 class RemovalTotals(Record):
@@ -453,3 +468,4 @@ class Removal(Document):
         Sequence[ChangedTensor],
         Doc("the tensors that were removed, or have another shape or name, in the order of the input"),
     ]
+    tuned: Tuned = ()

@@ -189,7 +189,8 @@ class Reconstruct(Struct, frozen=True):
     where the file has gradients of all matrices that are solved together, else the outputs. `file` is None
     where the spec names none. `optional`: weights without statistics keep the bits of their survivors.
     `target`: where inputs are those of the pruned model, the outputs are to be those of the dense model, or
-    those that the dense weights have of their own inputs.
+    those that the dense weights have of their own inputs. `tune`: once a layer is pruned its survivors take
+    so many steps towards the outputs that it has in the dense model.
     """
 
     file: Path | None
@@ -200,6 +201,7 @@ class Reconstruct(Struct, frozen=True):
     effort: Literal["best", "fast"] = "best"
     optional: bool = False
     target: Literal["dense", "own"] = "dense"
+    tune: int = 0
 
 
 class Allocate(Struct, frozen=True):

@@ -331,6 +331,9 @@ class _Checker(Struct, frozen=True):
         if score is not None and score.nonfinite == "prune":
             text = 'its score has nonfinite = "prune": NaN and infinity cannot be reconstructed'
             self.add(place, "reconstruct", text)
+        if found.tune and found.target == "own":
+            key = "reconstruct.tune" if found is table.reconstruct else "reconstruct"
+            self.add(place, key, 'tunes towards the dense model: leave target = "own" out, or tune = 0')
         if found.method == "refit":
             return
         if table.threshold is not None:

@@ -33,12 +33,14 @@ class Rebuilding(Struct, frozen=True):
     `usual` is the file for rules that name none, or, where it `stands_in`, one that is not there. Paths are
     absolute. A rule that says method = "none" stays as it is. A rule that says nothing gets "admm" by
     default; then matrices without statistics are masked alone.
+    `tune` replaces that of all rules that are rebuilt.
     """
 
     method: Literal["admm", "refit", "none"] | None = None
     file: Path | None = None
     usual: Path | None = None
     stands_in: bool = False
+    tune: int | None = None
 
 
 def rebuilt(spec: Spec, asked: Rebuilding) -> tuple[Spec, dict[str, str]]:
@@ -117,6 +119,8 @@ def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> Way:
         what = "threshold" if table.threshold is not None else "score"
         method, why = "refit", f"is refitted: its {what} says what survives, which admm would"
     given = {} if own is None else vars(own)
+    if asked.tune is not None:
+        given = {**given, "tune": asked.tune}
     optional = own is None or own.optional
     return ReconstructTable(
         {**given, "method": method, "file": file and str(file), "optional": optional}

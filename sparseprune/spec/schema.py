@@ -285,6 +285,11 @@ class ReconstructTable(Table):
         '"dense" (outputs as in the dense model) or "own" (as the dense weights have them), in a sweep',
         "dense",
     )
+    tune: int = _key(
+        _whole(0),
+        "an integer of 0 or more: how many steps each layer of a sweep is tuned once it is pruned",
+        0,
+    )
     optional: bool = _key(
         _boolean, "true or false: whether weights without statistics are masked alone", default=False
     )
@@ -346,6 +351,7 @@ def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstru
         table.effort,
         table.optional,
         table.target,
+        table.tune,
     )
 
 

@@ -150,7 +150,8 @@ def test_without_a_command_help_is_on_stderr() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--length 8", "--sequences 3", "--seed 1", "--field x", "--no-special", "--gradients"]
+    "words",
+    ["--length 8", "--sequences 3", "--seed 1", "--field x", "--no-special", "--gradients", "--tune 3"],
 )
 @pytest.mark.parametrize("command", ["apply", "plan", "remove"])
 def test_options_of_a_text_are_refused_without_one(command: str, words: str) -> None:
