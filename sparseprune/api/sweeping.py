@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.file_io import WritableBytes
     from sparseprune.execution.inputs import Left, TaskInput
     from sparseprune.execution.passes import TensorOutcome
-    from sparseprune.execution.plan import Plan, WorkUnit
+    from sparseprune.execution.plan import Plan, Task, WorkUnit
     from sparseprune.execution.pruning import Work
     from sparseprune.execution.schedule import Schedule
     from sparseprune.spec import BoundInstance
@@ -476,13 +476,14 @@ class Sweeper:
         units = [self._swept.plan.units[number] for number in self._swept.by_block.get(name, ())]
         steps, metrics, weights = 0, set(), []
         for unit in units:
-            wholly = _reached_wholly(unit)
+            tasks = []
             for task in unit.tasks:
                 method = task.instance.reconstruct
                 if method is not None and method.tune:
+                    tasks.append(task)
                     steps = max(steps, method.tune)
                     metrics.add(task.metric)
-                    weights += [key for key in wholly if key not in weights]
+            weights += _reached_wholly(unit, tasks)
         return _Tuning(steps, "loss" in metrics, tuple(weights)) if weights else None
 
     def _begun(self, name: str) -> int:
@@ -611,13 +612,13 @@ def _optional(instance: BoundInstance) -> BoundInstance:
     return instance if method is None else replace(instance, reconstruct=replace(method, optional=True))
 
 
-def _reached_wholly(unit: WorkUnit) -> list[str]:
-    """The tensors of a unit of which its rules reach every element."""
+def _reached_wholly(unit: WorkUnit, tasks: Sequence[Task]) -> list[str]:
+    """The tensors of a unit of which some tasks reach every element; of nested ones the outermost counts."""
     reached: dict[str, int] = {}
-    for task in unit.tasks:
-        for leaf in task.instance.scope.leaves:
+    for task in tasks:
+        for leaf in (task.levels or (task,))[0].instance.scope.leaves:
             reached[leaf.tensor] = reached.get(leaf.tensor, 0) + prod(leaf.view_shape)
-    return [stored.name for stored in unit.tensors if reached.get(stored.name, 0) >= stored.numel]
+    return [stored.name for stored in unit.tensors if reached.get(stored.name, 0) == stored.numel]
 
 
 def _key(block: str, again: int = 0) -> str:

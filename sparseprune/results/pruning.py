@@ -330,9 +330,9 @@ class TensorResult(NamedTensor):
         ),
     ]
     output_error_masked: Annotated[OutputError, Doc("by the mask alone")]
-    output_error: Annotated[OutputError, Doc("of what was written")]
+    output_error: Annotated[OutputError, Doc("of what was written, before its layer is tuned")]
     loss_error_masked: Annotated[LossError, Doc("by the mask alone")]
-    loss_error: Annotated[LossError, Doc("of what was written")]
+    loss_error: Annotated[LossError, Doc("of what was written, before its layer is tuned")]
     metric: Annotated[Minimized, Doc("which of the two was minimized; null if not reconstructed")]
 
 

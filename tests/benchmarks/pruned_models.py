@@ -50,11 +50,15 @@ METHODS: dict[str, tuple[str, str]] = {
     "ADMM, allocated": (f"{OUTPUTS}{_ALLOCATED}", ""),
     "ADMM, loss metric, allocated": (f"{LOSS}{_ALLOCATED}", ""),
 }
-# By name the target of a sweep over the text, and whether gradients are taken of it.
-SWEEPS: dict[str, tuple[str, bool]] = {
-    "sweep, own targets": ("own", False),
-    "sweep": ("dense", False),
-    "sweep, loss metric": ("dense", True),
+# By name the target of a sweep over the text, whether gradients are taken of it, and how many steps layers
+# are tuned.
+TUNE = 150
+SWEEPS: dict[str, tuple[str, bool, int]] = {
+    "sweep, own targets": ("own", False, 0),
+    "sweep": ("dense", False, 0),
+    "sweep, tuned": ("dense", False, TUNE),
+    "sweep, loss metric": ("dense", True, 0),
+    "sweep, loss metric, tuned": ("dense", True, TUNE),
 }
 # By name what stands in front of the spec `experts`.
 EXPERTS: dict[str, str] = {
@@ -66,6 +70,15 @@ EXPERTS: dict[str, str] = {
 YARDSTICKS = {"SparseGPT": False, "SparseGPT, exact in groups": True}  # whether it is the exact one
 ORDER = ("magnitude", "Wanda", *YARDSTICKS, *list(METHODS)[2:], *SWEEPS)
 Measure = Callable[[Path], tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How often text is drawn, and which patterns and methods are wanted, all of them if none is named."""
+
+    draws: int
+    patterns: Sequence[str]
+    methods: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +108,15 @@ class Work:
         return out, json.loads((out / "sparseprune/report.json").read_text())
 
 
-def compare(work: Work, pattern: str, draws: int) -> None:
-    """One table: every method that knows a pattern."""
+def compare(work: Work, pattern: str, asked: Asked) -> None:
+    """One table: every method that knows a pattern and was asked for."""
     lines, sets = PATTERNS[pattern]
     alike = sets is not None  # all groups of neighbours: there budgets cannot be shared
     unknown = ("allocated",) if alike else ("permuted", *YARDSTICKS)
     methods = [method for method in ORDER if not any(word in method for word in unknown)]
+    methods = [method for method in methods if not asked.methods or method in asked.methods]
     rows = (
-        [method, *spread([one(work, lines, sets, method, draw) for draw in range(draws)])]
+        [method, *spread([one(work, lines, sets, method, draw) for draw in range(asked.draws)])]
         for method in methods
     )
     table(pattern, ["method", *work.numbers, "seconds"], rows)
@@ -116,8 +130,8 @@ def one(work: Work, lines: str, sets: Pattern | None, method: str, draw: int) ->
         pruned = bench.sparsegpt(sets or fused([[(0,)]], 1), exact=YARDSTICKS[method])
         return (*work.measure(pruned.folder), pruned.seconds)
     if method in SWEEPS:
-        target, gradients = SWEEPS[method]
-        head = f'version = 1\n[reconstruct]\ntarget = "{target}"\n[scope.rule]\n'
+        target, gradients, tune = SWEEPS[method]
+        head = f'version = 1\n[reconstruct]\ntarget = "{target}"\ntune = {tune}\n[scope.rule]\n'
         spec = f"{head}tensors = {work.tensors}\n{lines}\n"
         sizes = ["--length", LENGTH, "--sequences", SEQUENCES, "--seed", draw]
         text = ["--text", texts(work.folder)[0], *sizes, *(["--gradients"] if gradients else [])]
@@ -146,13 +160,13 @@ def spread(found: Sequence[tuple[float, ...]]) -> list[str]:
 # The models.
 
 
-def decoder(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
+def decoder(scratch: Path, asked: Asked) -> None:
     """A Llama of characters, 3 layers, 96 wide, trained for 1000 steps."""
     folder = made(scratch / "llama")
-    _decoder(folder, decoders.trained(folder / "dense", texts(folder)[0]), draws, patterns)
+    _decoder(folder, decoders.trained(folder / "dense", texts(folder)[0]), asked)
 
 
-def longer(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
+def longer(scratch: Path, asked: Asked) -> None:
     """A Llama of characters, 4 layers, 128 wide, trained for 2000 steps on the standard library's code."""
     folder = made(scratch / "longer")
     code = folder / "code.txt"
@@ -160,13 +174,13 @@ def longer(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         code.write_text("".join(re.sub(r"[^\n -~]", "?", file.read_text()) for file in files[::2]))
     dense = decoders.trained(folder / "dense", code, hidden=128, layers=4, steps=LONGER)
-    _decoder(folder, dense, draws, patterns)
+    _decoder(folder, dense, asked)
 
 
-def _decoder(folder: Path, dense: Path, draws: int, patterns: Sequence[str]) -> None:
+def _decoder(folder: Path, dense: Path, asked: Asked) -> None:
     work = _of_characters(folder, dense)
-    for pattern in patterns or PATTERNS:
-        compare(work, pattern, draws)
+    for pattern in asked.patterns or PATTERNS:
+        compare(work, pattern, asked)
 
 
 def _of_characters(folder: Path, dense: Path) -> Work:
@@ -180,11 +194,11 @@ def _of_characters(folder: Path, dense: Path) -> Work:
     return Work(folder, dense, measure, ("perplexity", "KL to dense"), DECODER)
 
 
-def encoder(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
+def encoder(scratch: Path, asked: Asked) -> None:
     """all-MiniLM-L6-v2, the 36 matrices of its layers: cosine of sentence embeddings to the dense ones."""
     work = _encoder(scratch)
-    for pattern in patterns or PATTERNS:
-        compare(work, pattern, draws)
+    for pattern in asked.patterns or PATTERNS:
+        compare(work, pattern, asked)
 
 
 def _encoder(scratch: Path) -> Work:
@@ -198,13 +212,13 @@ def _encoder(scratch: Path) -> Work:
     return Work(folder, dense, measure, ("cosine",), ENCODER)
 
 
-def channels(scratch: Path, draws: int, _: Sequence[str]) -> None:
+def channels(scratch: Path, asked: Asked) -> None:
     """all-MiniLM-L6-v2, half of the channels of every MLP."""
     work = _encoder(scratch)
 
     def row(method: str) -> list[str]:
         found = []
-        for draw in range(draws):
+        for draw in range(asked.draws):
             spec = f"version = 1\n{METHODS[method][0]}{CHANNELS.replace('SPARSITY', '0.5')}"
             out, report = work.pruned(work.statistics(draw), spec)
             found.append((*work.measure(out), float(report["seconds"])))
@@ -214,14 +228,14 @@ def channels(scratch: Path, draws: int, _: Sequence[str]) -> None:
     table("50% of the channels", ["method", *work.numbers, "seconds"], map(row, methods))
 
 
-def mixtures(scratch: Path, draws: int, _: Sequence[str]) -> None:
+def mixtures(scratch: Path, asked: Asked) -> None:
     """Two mixtures of experts over characters, 4 layers, 128 wide, 8 experts, trained for 300 steps."""
     for name in ("Mixtral", "gpt-oss"):
         folder = made(scratch / f"{name}-trained")
         work = _of_characters(folder, decoders.mixture(folder / "dense", name, texts(folder)[0], MIXED))
         for share in ("0.25", "0.5"):
             rows = (
-                [method, *spread([_without_experts(work, head, share, draw) for draw in range(draws)])]
+                [method, *spread([_without_experts(work, head, share, draw) for draw in range(asked.draws)])]
                 for method, head in EXPERTS.items()
             )
             table(f"{name}, {share} of the experts", ["method", *work.numbers, "seconds"], rows)
@@ -238,7 +252,7 @@ def _without_experts(work: Work, head: str, share: str, draw: int) -> tuple[floa
     return (*work.measure(out), float(report["seconds"]))
 
 
-PARTS: dict[str, Callable[[Path, int, Sequence[str]], None]] = {
+PARTS: dict[str, Callable[[Path, Asked], None]] = {
     "decoder": decoder,
     "encoder": encoder,
     "channels": channels,
@@ -253,12 +267,13 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeat it for several")
     parser.add_argument("--pattern", choices=PATTERNS, action="append", help="this pattern")
     parser.add_argument("--draws", type=int, default=3, help="how often text is drawn anew")
+    parser.add_argument("--method", choices=ORDER, action="append", help="this method")
     asked = parser.parse_args()
     decoders.quiet()
     torch.set_num_threads(2)
     for name in asked.only or PARTS:
         print(f"\n### {PARTS[name].__doc__}")
-        PARTS[name](asked.scratch.absolute(), asked.draws, asked.pattern or ())
+        PARTS[name](asked.scratch.absolute(), Asked(asked.draws, asked.pattern or (), asked.method or ()))
 
 
 if __name__ == "__main__":
