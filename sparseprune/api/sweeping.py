@@ -613,11 +613,12 @@ def _optional(instance: BoundInstance) -> BoundInstance:
 
 
 def _reached_wholly(unit: WorkUnit, tasks: Sequence[Task]) -> list[str]:
-    """The tensors of a unit of which some tasks reach every element; of nested ones the outermost counts."""
+    """The tensors of a unit of which some tasks reach every element; nested ones lie within outer ones."""
     reached: dict[str, int] = {}
     for task in tasks:
-        for leaf in (task.levels or (task,))[0].instance.scope.leaves:
-            reached[leaf.tensor] = reached.get(leaf.tensor, 0) + prod(leaf.view_shape)
+        if task.instance.within is None:
+            for leaf in task.instance.scope.leaves:
+                reached[leaf.tensor] = reached.get(leaf.tensor, 0) + prod(leaf.view_shape)
     return [stored.name for stored in unit.tensors if reached.get(stored.name, 0) == stored.numel]
 
 

@@ -50,15 +50,17 @@ METHODS: dict[str, tuple[str, str]] = {
     "ADMM, allocated": (f"{OUTPUTS}{_ALLOCATED}", ""),
     "ADMM, loss metric, allocated": (f"{LOSS}{_ALLOCATED}", ""),
 }
-# By name the target of a sweep over the text, whether gradients are taken of it, and how many steps layers
-# are tuned.
+# By name the target of a sweep, what its gradients come from (statistics, where budgets are allocated), and
+# how many steps layers are tuned.
 TUNE = 150
-SWEEPS: dict[str, tuple[str, bool, int]] = {
-    "sweep, own targets": ("own", False, 0),
-    "sweep": ("dense", False, 0),
-    "sweep, tuned": ("dense", False, TUNE),
-    "sweep, loss metric": ("dense", True, 0),
-    "sweep, loss metric, tuned": ("dense", True, TUNE),
+SWEEPS: dict[str, tuple[str, str, int]] = {
+    "sweep, own targets": ("own", "", 0),
+    "sweep": ("dense", "", 0),
+    "sweep, tuned": ("dense", "", TUNE),
+    "sweep, loss metric": ("dense", "text", 0),
+    "sweep, loss metric, tuned": ("dense", "text", TUNE),
+    "sweep, loss metric, allocated": ("dense", "statistics", 0),
+    "sweep, loss metric, allocated, tuned": ("dense", "statistics", TUNE),
 }
 # By name what stands in front of the spec `experts`.
 EXPERTS: dict[str, str] = {
@@ -130,12 +132,7 @@ def one(work: Work, lines: str, sets: Pattern | None, method: str, draw: int) ->
         pruned = bench.sparsegpt(sets or fused([[(0,)]], 1), exact=YARDSTICKS[method])
         return (*work.measure(pruned.folder), pruned.seconds)
     if method in SWEEPS:
-        target, gradients, tune = SWEEPS[method]
-        head = f'version = 1\n[reconstruct]\ntarget = "{target}"\ntune = {tune}\n[scope.rule]\n'
-        spec = f"{head}tensors = {work.tensors}\n{lines}\n"
-        sizes = ["--length", LENGTH, "--sequences", SEQUENCES, "--seed", draw]
-        text = ["--text", texts(work.folder)[0], *sizes, *(["--gradients"] if gradients else [])]
-        out, report = work.pruned(folder, spec, *text)
+        out, report = swept(work, f"[scope.rule]\ntensors = {work.tensors}\n{lines}\n", method, draw)
         return (*work.measure(out), float(report["seconds"]))
     head, tail = METHODS[method]
     rows = lines.replace("[-1, -1]", "[1, -1]") if method == "Wanda" else lines
@@ -143,6 +140,17 @@ def one(work: Work, lines: str, sets: Pattern | None, method: str, draw: int) ->
         folder, f"version = 1\n{head}[scope.rule]\ntensors = {work.tensors}\n{rows}\n{tail}"
     )
     return (*work.measure(out), float(report["seconds"]))
+
+
+def swept(work: Work, scope: str, method: str, draw: int) -> tuple[Path, dict[str, Any]]:
+    """What a sweep over the text of a draw writes, and its report."""
+    target, gradients, tune = SWEEPS[method]
+    allocated = _ALLOCATED if "allocated" in method else ""
+    head = f'version = 1\n[reconstruct]\nmethod = "admm"\ntarget = "{target}"\ntune = {tune}\n{allocated}'
+    words = ["--text", texts(work.folder)[0], "--length", LENGTH, "--sequences", SEQUENCES, "--seed", draw]
+    folder = work.statistics(draw)
+    of: dict[str, list[object]] = {"text": ["--gradients"], "statistics": ["--stats", folder / "stats"]}
+    return work.pruned(folder, head + scope, *words, *of.get(gradients, []))
 
 
 def spread(found: Sequence[tuple[float, ...]]) -> list[str]:
@@ -219,12 +227,16 @@ def channels(scratch: Path, asked: Asked) -> None:
     def row(method: str) -> list[str]:
         found = []
         for draw in range(asked.draws):
-            spec = f"version = 1\n{METHODS[method][0]}{CHANNELS.replace('SPARSITY', '0.5')}"
-            out, report = work.pruned(work.statistics(draw), spec)
+            scope = CHANNELS.replace("SPARSITY", "0.5")
+            if method in SWEEPS:
+                out, report = swept(work, scope, method, draw)
+            else:
+                out, report = work.pruned(work.statistics(draw), f"version = 1\n{METHODS[method][0]}{scope}")
             found.append((*work.measure(out), float(report["seconds"])))
         return [method, *spread(found)]
 
-    methods = [method for method in METHODS if "permuted" not in method and "fast" not in method]
+    methods = [method for method in (*METHODS, *SWEEPS) if "permuted" not in method and "fast" not in method]
+    methods = [method for method in methods if not asked.methods or method in asked.methods]
     table("50% of the channels", ["method", *work.numbers, "seconds"], map(row, methods))
 
 

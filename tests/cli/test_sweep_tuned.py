@@ -19,20 +19,44 @@ pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 SIZES = ("--length", "12", "--sequences", "12", "--jobs", "1")
 LAYERS = ["model.layers.0", "model.layers.1"]
-# All but o, of which a part is reached, so that none of it is tuned.
+# Of o a part is reached, and of k a part is not tuned, so that none of either is. The rules of v are nested.
 SPEC = """
 version = 1
 [reconstruct]
 method = "refit"
 tune = 6
 [scope.matrix]
-tensors = "model.layers.{layer}.{part}.{name:q_proj|k_proj|v_proj|gate_proj|up_proj|down_proj}.weight"
+tensors = "model.layers.{layer}.{part}.{name:q_proj|gate_proj|up_proj|down_proj}.weight"
 block = [1, 1]
 shape = [1, 4]
 nnz = 2
 [scope.part]
 tensors = "model.layers.{layer}.self_attn.o_proj.weight"
 view = { offset = 0, shape = [16, 32], stride = [32, 1] }
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+[scope.upper]
+tensors = "model.layers.{layer}.self_attn.k_proj.weight"
+view = { offset = 0, shape = [8, 32], stride = [32, 1] }
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+[scope.lower]
+tensors = "model.layers.{layer}.self_attn.k_proj.weight"
+view = { offset = 256, shape = [8, 32], stride = [32, 1] }
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+reconstruct = { tune = 0 }
+[scope.coarse]
+tensors = "model.layers.{layer}.self_attn.v_proj.weight"
+block = [1, 1]
+shape = [1, 8]
+nnz = 6
+[scope.fine]
+tensors = "model.layers.{layer}.self_attn.v_proj.weight"
+within = "coarse"
 block = [1, 1]
 shape = [1, 4]
 nnz = 2
@@ -100,7 +124,7 @@ def test_masks_are_those_without_tuning_and_what_no_rule_reaches_wholly_keeps_it
     for name, one in after.items():
         if "layers.0" in name and "_proj" in name:  # what follows meets other inputs
             assert torch.equal(one == 0, before[name] == 0), name
-            assert torch.equal(one, before[name]) == ("o_proj" in name), name
+            assert torch.equal(one, before[name]) == any(part in name for part in ("o_proj", "k_proj")), name
         elif "_proj" not in name:
             assert torch.equal(one, dense[name]), name
         else:
@@ -200,7 +224,7 @@ def test_plan_tells_the_steps_and_the_memory_that_they_take(home: Path, tmp_path
         return valid(said.out, "plan")
 
     some, none = planned(), planned("--tune", 0)
-    assert [rule["reconstruct"]["tune"] for rule in some["rules"]] == [6, 6]
+    assert [rule["reconstruct"]["tune"] for rule in some["rules"]] == [6, 6, 6, 0, 6, 6]
     assert some["bytes"]["peak"] > none["bytes"]["peak"]
 
 
