@@ -26,6 +26,7 @@ LARGE = Decoder(4096, 11008, 32, 8, 32000, num_hidden_layers=78)  # 28 GB
 TOLD_AT = (1, 4, 12, 24)  # finished layers
 SECONDS = 0.2  # between two looks at a process
 WORDS = 60_000  # of text
+TUNE = 6  # steps
 SPEC = """version = 1
 
 [reconstruct]
@@ -136,14 +137,15 @@ def windows(text: Path, sequences: int, length: int) -> tuple[object, ...]:
 
 
 def growth(bench: Bench) -> Iterator[Sequence[str]]:
-    """in layer | most resident MiB"""
+    """in layer | most resident MiB | with layers tuned"""
     dense, text = bench.model("small", SMALL)
-    asked = (dense, bench.spec(MATRICES), *windows(text, 16, 256), "--jobs", 1, "--no-masks")
-    found = bench.run("growth", "apply", *asked)
+    usual = (dense, bench.spec(MATRICES), *windows(text, 16, 256), "--jobs", 1, "--no-masks")
+    ways = [usual, (*usual, "--tune", TUNE)]
+    found = [bench.run("growth", "apply", *asked) for asked in ways]
     for layer in TOLD_AT:
-        yield str(layer), mebibytes(found.within.get(layer - 1, 0))
-    yield "the whole run", mebibytes(found.peak)
-    yield "told by `plan --text`", bench.planned(*asked)
+        yield str(layer), *(mebibytes(one.within.get(layer - 1, 0)) for one in found)
+    yield "the whole run", *(mebibytes(one.peak) for one in found)
+    yield "told by `plan --text`", *(bench.planned(*asked) for asked in ways)
 
 
 def usual(bench: Bench) -> Iterator[Sequence[str]]:
