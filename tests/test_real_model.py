@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 import sparseprune
+from sparseprune.checkpoint.header import read_header
 from tests.commands import run
 
 # Two of one meaning, and one of another.
@@ -108,10 +109,12 @@ def test_everything_else_is_byte_for_byte_the_same(dense: Path, two_of_four: Pat
             assert config == json.loads(left)
         else:
             assert found == left, name
-    header = 8 + int.from_bytes((dense / "model.safetensors").read_bytes()[:8], "little")
-    assert (two_of_four / "model.safetensors").read_bytes()[:header] == (
-        dense / "model.safetensors"
-    ).read_bytes()[:header]
+    before, after = (read_header(folder / "model.safetensors") for folder in (dense, two_of_four))
+    assert after.entries == before.entries
+    assert after.metadata == before.metadata | {
+        key: text for key, text in after.metadata.items() if key.startswith("sparseprune.")
+    }
+    assert after.metadata["sparseprune.command"] == "apply"
 
 
 @pytest.mark.parametrize("which", ["two_of_four", "channels"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX
+from sparseprune.checkpoint.discovery import MARKED, NUMBERED, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.checkpoint.layout import (
@@ -215,11 +215,12 @@ def _names(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[Shard, Pure
 
 
 def _header(old: Header, left: Sequence[TensorEntry], tensors: Mapping[str, ResizedTensor]) -> Header:
-    """The new header of a shard; the input's own bytes where nothing changes."""
+    """The new header of a shard, without an earlier mark; the input's own where nothing changes."""
     new = [(one, tensors[one.name]) for one in left]
     if len(left) == len(old.entries) and all(to.whole and to.name == one.name for one, to in new):
         return old
-    return lay_out(((to.name, one.dtype, to.shape) for one, to in new), old.metadata)
+    metadata = {key: text for key, text in old.metadata.items() if key not in MARKED}
+    return lay_out(((to.name, one.dtype, to.shape) for one, to in new), metadata)
 
 
 def _index(
