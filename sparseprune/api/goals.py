@@ -82,13 +82,17 @@ class Goal(Struct, frozen=True):
 
 
 class Bound(Struct, frozen=True):
-    """A spec bound to a checkpoint; numbers in `overrides` were set. `config` is the one that counts."""
+    """A spec bound to a checkpoint; numbers in `overrides` were set. `config` is the one that counts.
+
+    `mark` is what the headers of a smaller output tell of the command.
+    """
 
     spec: Spec
     checkpoint: Checkpoint
     bound: BoundSpec
     overrides: Collection[str]
     config: Mapping[str, Any] | None
+    mark: Mapping[str, str]
 
 
 def reach(goal: Goal, given: Bound, *, removed: bool) -> TargetReached:
@@ -248,9 +252,8 @@ def _removal_of(turning: _Turning, worth: Worth) -> Callable[[float], Number | R
         if removal is None:
             raise goal.refused(f"only the data tells what is left of each tensor by {given.spec.source}")
         if goal.unit == "size":
-            return weight_bytes(
-                lay_out_removal(checkpoint, None, removal.left, removal.config, removal.beside)
-            )
+            changed = removal.left, removal.config, removal.beside
+            return weight_bytes(lay_out_removal(checkpoint, None, *changed, given.mark))
         return worth.total({name: one.shape for name, one in removal.left.items()})
 
     return left

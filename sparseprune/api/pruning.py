@@ -104,7 +104,8 @@ def prepare(
         refuse_split(checkpoint)
         found = None
         if asked.goal is not None:
-            asked, found = _reaching(asked, asked.goal, target, checkpoint, spec)
+            mark = explained_by_spec(asked, source.text, checkpoint, verb="remove").mark()
+            asked, found = _reaching(asked, asked.goal, target, checkpoint, spec, mark)
             source, spec, told = _read(asked)
         text = None
         if asked.text is not None:
@@ -152,7 +153,7 @@ def _read(asked: Source) -> tuple[SpecSource, Spec, dict[str, str]]:
 
 
 def _reaching(
-    asked: Source, text: str, target: Target, checkpoint: Checkpoint, spec: Spec
+    asked: Source, text: str, target: Target, checkpoint: Checkpoint, spec: Spec, mark: Mapping[str, str]
 ) -> tuple[Source, TargetReached]:
     """What would have to be asked for to reach a target without naming one, and what is reached."""
     from sparseprune.api.goals import Bound, Goal, reach
@@ -160,7 +161,7 @@ def _reaching(
 
     overrides = asked.overrides
     config, _ = as_model(read_config(checkpoint), target.model_type)
-    bound = Bound(spec, checkpoint, bind_to(checkpoint, spec), overrides, config)
+    bound = Bound(spec, checkpoint, bind_to(checkpoint, spec), overrides, config, mark)
     found = reach(Goal.of(text), bound, removed=target.resized)
     return dataclasses.replace(asked, overrides={**overrides, found.name: repr(found.value)}), found
 

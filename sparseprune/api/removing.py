@@ -145,8 +145,9 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
         removal = expected.removal
         tensors, config = (None, None) if removal is None else (removal.left, removal.config)
         beside = {} if removal is None else removal.beside
-        layout = lay_out_removal(prepared.plan.checkpoint, prepared.target.output, tensors, config, beside)
-        layout = explained(prepared, "remove", _as_words(prepared.target)).layout(layout)
+        told = explained(prepared, "remove", _as_words(prepared.target))
+        where = (prepared.plan.checkpoint, prepared.target.output)
+        layout = told.layout(lay_out_removal(*where, tensors, config, beside, told.mark()))
     return planned(run, prepared, expected, layout)
 
 
@@ -437,8 +438,9 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         name: replace(left, whole=left.whole and name not in choice.rebuilt)
         for name, left in removal.left.items()
     }
-    layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config, removal.beside)
-    layout = choice.explained.layout(layout)
+    told = choice.explained
+    changed = tensors, removal.config, removal.beside
+    layout = told.layout(lay_out_removal(checkpoint, asked.target.output, *changed, told.mark()))
     if asked.dry_run:
         return _result(run, asked, choice, removal, layout)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
@@ -457,7 +459,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         lambda reader: _removed(run, asked, choice, removal, output, reader),
         is_complete,
         spec=choice.spec,
-        card=choice.explained.card,
+        card=told.card,
         # The user knows already whether an unfinished run goes on.
         continued=scratch is not None and (scratch.resumed or bool(scratch.started_over)),
     )

@@ -244,17 +244,16 @@ def with_texts(
 def with_mark(layout: OutputLayout, mark: Mapping[str, str]) -> OutputLayout:
     """The layout with a mark, by the keys of `MARKED`, in the header of every shard with new values.
 
-    It replaces an earlier one. Where a header becomes longer, by whole pages, all tensors of its file begin
-    later. Resized shards get none: `--target` counts their bytes before.
+    Where a header becomes longer, by whole pages, all tensors of its file begin later. Shards of a removal
+    are laid out with the mark.
     """
     files: list[OutputFile] = []
     longer: dict[PurePosixPath, int] = {}
-    marks = {key: mark[of] for key, of in MARKED.items() if of in mark}
     for file in layout.files:
         if file.metadata is None:
             files.append(file)
             continue
-        metadata = {key: text for key, text in file.metadata.items() if key not in MARKED} | marks
+        metadata = marked(file.metadata, mark)
         head = with_metadata(file.begins_with, file.metadata, metadata)
         longer[file.path] = more = len(head) - len(file.begins_with)
         files.append(OutputFile(file.path, file.size + more, head, file.mode, metadata))
@@ -268,6 +267,12 @@ def with_mark(layout: OutputLayout, mark: Mapping[str, str]) -> OutputLayout:
         copies=tuple([moved(part) for part in layout.copies]),
         weights=_Places(layout.weights, moved),
     )
+
+
+def marked(metadata: Mapping[str, str], mark: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a header with a mark in place of an earlier one."""
+    kept = {key: text for key, text in metadata.items() if key not in MARKED}
+    return kept | {key: mark[of] for key, of in MARKED.items() if of in mark}
 
 
 def permutations_path(checkpoint: Checkpoint) -> Path:

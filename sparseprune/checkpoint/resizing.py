@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from sparseprune.checkpoint.discovery import MARKED, NUMBERED, RESULTS, SUFFIX
+from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.checkpoint.layout import (
     OutputFile,
     OutputLayout,
     lay_out_masks,
+    marked,
     merge_copies,
     numbered,
     other_files,
@@ -34,9 +35,8 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
-    from sparseprune.checkpoint.header import Header, TensorEntry
     from sparseprune.checkpoint.layout import CopyRange, Place
     from sparseprune.checkpoint.masks import StoredMask
     from sparseprune.checkpoint.output import Output
@@ -59,12 +59,14 @@ def lay_out_removal(
     tensors: Mapping[str, ResizedTensor] | None,
     config: Mapping[str, Any] | None,
     beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    mark: Mapping[str, str] = MappingProxyType({}),
 ) -> OutputLayout:
     """The output with these tensors of a directory, in the order of the input; None keeps all as they are.
 
     `tensors` and the layout's `weights`, which has those that are not whole, go by the old names. Shards that
     lose all their tensors are left out, and so are tensors that the index has in another shard: their shapes
     would be the old ones. `config` None keeps config.json as it is; `beside` are new texts of other files.
+    The headers of shards that change get the `mark`.
 
     Raises:
         CheckpointError: the checkpoint is a single file.
@@ -78,7 +80,7 @@ def lay_out_removal(
         whole = checkpoint.tensors.items()
         tensors = {name: ResizedTensor(name, stored.shape, whole=True) for name, stored in whole}
     names = _names(checkpoint, tensors)
-    files, copies, places = _resized(checkpoint, tensors, names)
+    files, copies, places = _resized(checkpoint, tensors, names, mark)
     new_config = None if config is None else _document(config)
     written: dict[PurePosixPath | None, bytes | None] = {
         **{PurePosixPath(file): _document(each) for file, each in beside.items()},
@@ -174,7 +176,10 @@ def open_choice(output: Output) -> tuple[list[StoredMask], dict[str, StoredTenso
 
 
 def _resized(
-    checkpoint: Checkpoint, tensors: Mapping[str, ResizedTensor], names: Mapping[Shard, PurePosixPath]
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, ResizedTensor],
+    names: Mapping[Shard, PurePosixPath],
+    mark: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[OutputFile], list[CopyRange], dict[str, Place]]:
     """Files of shards with these tensors, copies of what is whole, places of the rest by their old names."""
     files: list[OutputFile] = []
@@ -182,7 +187,12 @@ def _resized(
     places: dict[str, Place] = {}
     for shard, path in names.items():
         left = [entry for entry in checkpoint.counted(shard) if entry.name in tensors]
-        header = _header(checkpoint.headers[shard], left, tensors)
+        old = checkpoint.headers[shard]
+        resized = [(one, tensors[one.name]) for one in left]
+        header = old
+        if len(left) < len(old.entries) or any(not to.whole or to.name != one.name for one, to in resized):
+            shapes = ((to.name, one.dtype, to.shape) for one, to in resized)
+            header = lay_out(shapes, marked(old.metadata, mark))
         files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
         new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
         places |= {name: place for name, place in new.items() if not tensors[name].whole}
@@ -212,15 +222,6 @@ def _names(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[Shard, Pure
     new = dict(zip(shards, numbered(stem, len(shards), digits), strict=True))
     others = {other.path for other in checkpoint.others}
     return old if others & set(new.values()) else new
-
-
-def _header(old: Header, left: Sequence[TensorEntry], tensors: Mapping[str, ResizedTensor]) -> Header:
-    """The new header of a shard, without an earlier mark; the input's own where nothing changes."""
-    new = [(one, tensors[one.name]) for one in left]
-    if len(left) == len(old.entries) and all(to.whole and to.name == one.name for one, to in new):
-        return old
-    metadata = {key: text for key, text in old.metadata.items() if key not in MARKED}
-    return lay_out(((to.name, one.dtype, to.shape) for one, to in new), metadata)
 
 
 def _index(

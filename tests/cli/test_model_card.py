@@ -350,3 +350,9 @@ def test_a_shard_alone_tells_what_was_done_to_it(model: Path, tmp_path: Path) ->
     ok("reapply", alone, tmp_path / "half", "-q", "-o", tmp_path / "again.safetensors")
     again = marked(tmp_path / "again.safetensors")
     assert (again["sparseprune.command"], "sparseprune.spec" in again) == ("reapply", False)
+    # A removal tells of itself in place of what made its input, without room for more.
+    ok("remove", tmp_path / "half", "mlp-channels", "-q", "-o", tmp_path / "smaller")
+    smaller = tmp_path / "smaller/model.safetensors"
+    names = ("command", "spec")
+    assert [marked(smaller)[f"sparseprune.{name}"] for name in names] == ["remove", "mlp-channels"]
+    assert 0 < int.from_bytes(smaller.read_bytes()[:8], "little") < 4096

@@ -57,7 +57,7 @@ REACHED = (
 SIZES = """\
 config.json: intermediate_size 16 -> 12
 parameters 1,388 before, 1,196 after (13.83% fewer)
-weights 7.77 kB before, 7.00 kB after
+weights 7.77 kB before, 7.18 kB after
 faster: everywhere that reads sizes from the config; intermediate_size 12: not divisible by 32, for quantizers
 """
 CHANGED = """\
@@ -83,7 +83,8 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     ok("mask", source, "mlp-channels", "-o", "masks", "-q")
     said = removed(source, "--masks", "masks", "-o", "out", "--force")
-    assert (said.out, told(said)) == ("out\n", SIZES.splitlines())
+    unnamed = SIZES.replace("7.18 kB", "7.15 kB")  # headers do not name the spec of masks
+    assert (said.out, told(said)) == ("out\n", unnamed.splitlines())
     for options in (["-q"], ["-q", "-v"]):
         said = removed(source, "mlp-channels", "-o", "out", "--force", *options)
         assert (said.out, said.err) == ("out\n", "")
