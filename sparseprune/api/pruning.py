@@ -86,7 +86,7 @@ class Prepared(Struct, frozen=True):
         """Resident memory of a run at the most, about."""
         peak = self.schedule.peak_bytes
         if self.swept is not None:
-            peak += self.swept.rooms.expected
+            peak = max(peak + self.swept.rooms.expected, self.swept.rooms.tuning)
         return peak if self.allocation is None else max(peak, self.allocation.peak)
 
 

@@ -61,7 +61,7 @@ _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
 _BATCH_BYTES = 40  # that a token takes on its way through a block, for each input of the widest matrix
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
 _TUNED_BYTES = 21  # of an element that is tuned: its value, its gradient, two moments, a step, whether it may
-_AUTOGRAD = 3  # times what a batch takes without a way back
+_TAPED = (13, 4)  # hidden states, and numbers of each input of the widest matrix, that wait for the way back
 _AMPLE = 1 << 60  # bytes
 _GRADIENTS = "sparseprune-gradients-"  # in the name of a folder, before a digest of what they are of
 _LEAST_SEQUENCES, _LEAST_TOKENS = 32, 1 << 16  # of which gradients are taken, where there are so many
@@ -193,7 +193,8 @@ class Rooms(Struct, frozen=True):
 
     `fixed` is always there: what stands outside of blocks, and two copies of the largest one. `batch` comes
     up when a batch goes through a block. `moments` and `states` are what there is room for, `wanted` how much
-    there will be of both at the most, about.
+    there will be of both at the most, about. `tuning` is all that is there while a block is tuned, when no
+    matrix is worked on; 0 where none is.
     """
 
     fixed: int
@@ -201,6 +202,7 @@ class Rooms(Struct, frozen=True):
     moments: int
     states: int
     wanted: tuple[int, int]
+    tuning: int
 
     @property
     def taken(self) -> int:
@@ -268,7 +270,7 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
 
 def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     """What is left beside a batch and the largest matrix goes to moments, states and further matrices."""
-    from sparseprune.calibration.sweeping import BATCH_TOKENS, TARGETS
+    from sparseprune.calibration.sweeping import BATCH_TOKENS
 
     stored, blocks = plan.checkpoint.tensors, text.loaded.blocks
     block = max([0, *(sum(stored[key].nbytes for key in blocks.stored(name)) for name in blocks.names)])
@@ -280,11 +282,8 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     least = max([0, *(_moment_bytes(unit) for unit in gathered)])
     widest = max([0, *(unit.collected.features for unit in text.units)])
     batch = _BATCH_BYTES * widest * min(BATCH_TOKENS, text.sequences.ids.numel())
-    tuned = _tuned_elements(plan, text)
-    if tuned:
-        batch = _AUTOGRAD * batch + _TUNED_BYTES * tuned + min(TARGETS, text.state * len(text.sequences.ids))
-    base = INTERPRETER + TORCH + _LEAST + schedule.limits.resident
-    left = machine.memory - fixed - batch - largest - base
+    base, tuning = INTERPRETER + TORCH + schedule.limits.resident, _tuning_bytes(plan, text)
+    left = machine.memory - fixed - base - max(batch + largest + _LEAST, tuning)
     if left < least:
         raise SparsepruneError(
             f"--memory {size(machine.memory)}: a block, its second moments and the work on its largest "
@@ -297,18 +296,28 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     moments = max(together.values(), default=0)
     room = max(least, min(left // _SHARE, moments))
     states = 2 * text.state * len(text.sequences.ids)
-    return Rooms(fixed, batch, room, (left - room) // _SHARE, (moments, states))
+    parked = (left - room) // _SHARE
+    tuning += (base + fixed + min(parked, states)) if tuning else 0
+    return Rooms(fixed, batch, room, parked, (moments, states), tuning)
 
 
-def _tuned_elements(plan: Plan, text: SweptText) -> int:
-    """Of the block that has the most that is tuned."""
+def _tuning_bytes(plan: Plan, text: SweptText) -> int:
+    """Of the block that has the most that is tuned: its weights and a batch on its way; 0 where none is."""
+    from sparseprune.calibration.sweeping import BATCH_TOKENS, TARGETS
+
     methods = (task.instance.reconstruct for unit in plan.units for task in unit.tasks)
     if not any(method is not None and method.tune for method in methods):
         return 0
     blocks, tensors = text.loaded.blocks, plan.checkpoint.tensors
     reached = set(plan.reached)
     own = (reached.intersection(blocks.stored(name)) for name in blocks.names)
-    return max((sum(tensors[key].numel for key in some) for some in own), default=0)
+    weights = max((sum(tensors[key].numel for key in some) for some in own), default=0)
+    windows, length = text.sequences.ids.shape
+    tokens = min(BATCH_TOKENS, windows * length)
+    widest = max([0, *(unit.collected.features for unit in text.units)])
+    (states, inputs), itemsize = _TAPED, int(text.loaded.model.dtype.itemsize)
+    taped = states * text.state // length + inputs * widest * itemsize
+    return _TUNED_BYTES * weights + taped * tokens + min(TARGETS, text.state * windows)
 
 
 def _moment_bytes(unit: Unit) -> int:

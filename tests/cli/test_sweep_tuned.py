@@ -218,14 +218,24 @@ def test_experts_are_tuned_with_the_layer_that_routes_to_them(home: Path, tmp_pa
     assert all(float((one == 0).float().mean()) == 0.5 for one in experts)
 
 
-def test_plan_tells_the_steps_and_the_memory_that_they_take(home: Path, tmp_path: Path) -> None:
-    def planned(*more: object) -> Any:
-        said = ok(*words(home, tmp_path / "out", "--json", *more, verb="plan"))
-        return valid(said.out, "plan")
+def test_plan_tells_the_steps_and_the_memory_that_they_take(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(*more: object, weight: int) -> int:
+        monkeypatch.setattr("sparseprune.api.sweeping._TUNED_BYTES", weight)
+        plan = valid(ok(*words(home, tmp_path / "out", "--json", *more, verb="plan")).out, "plan")
+        steps = [0] * 6 if more else [6, 6, 6, 0, 6, 6]
+        assert [rule["reconstruct"]["tune"] for rule in plan["rules"]] == steps
+        return int(plan["bytes"]["peak"])
 
-    some, none = planned(), planned("--tune", 0)
-    assert [rule["reconstruct"]["tune"] for rule in some["rules"]] == [6, 6, 6, 0, 6, 6]
-    assert some["bytes"]["peak"] > none["bytes"]["peak"]
+    dense = weights(home / "llama")
+    tuned = sum(one.numel() for name, one in dense.items() if "layers.1." in name and "_proj" in name)
+    none = planned("--tune", 0, weight=21)
+    usual, small, large = (planned(weight=number) for number in (21, 9000, 10000))
+    assert none == usual < small  # matrices are worked on before, and take more
+    assert large - small == 1000 * tuned
+    monkeypatch.setattr("sparseprune.api.sweeping._TUNED_BYTES", 1 << 20)
+    assert "a block, its second moments" in refused(*words(home, tmp_path / "out", "--memory", "1GB")).err
 
 
 def test_tuning_is_refused_where_no_text_runs_and_towards_own_targets(home: Path, tmp_path: Path) -> None:
