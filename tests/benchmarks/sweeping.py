@@ -160,7 +160,8 @@ def usual(bench: Bench) -> Iterator[Sequence[str]]:
     taken = bench.run("calibrate", "calibrate", dense, *windows(text, 16, 256))
     yield "calibrate", *taken.cells
     (bench.scratch / "out").rename(stats)
-    applied = bench.run("applied", "apply", dense, spec, "--stats", stats, "--no-masks")
+    asked = (dense, spec, "--stats", stats, "--memory", "4GB", "--no-masks")  # of one matrix and its moment
+    applied = bench.run("applied", "apply", *asked)
     yield "apply --stats", *applied.cells
 
 
